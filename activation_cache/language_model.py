@@ -1,0 +1,341 @@
+"""Any Hugging Face causal language model, opened at its hookpoints.
+
+In: a hub id, a folder, a `.gguf` file, "demo", or a model that is already in memory. Out: a
+`LanguageModel` that captures the stream (`capture`), edits it (`edit`) and generates. Hooks live
+only while they are needed: with nothing active, logits are bitwise those of the untouched model.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .errors import HookpointError, ModelError
+from .hookpoints import HookpointResolver, Site, first_tensor
+from .loading import LoadedModel, load_model, model_revision
+
+Edit = Callable[[Tensor], Tensor]
+
+
+class Captured(NamedTuple):
+    """What `LanguageModel.capture` returns.
+
+    token_ids: int64 [batch, seq], padded on the right.
+    attention_mask: int64 [batch, seq], 0 where padding stands.
+    acts: hookpoint -> [batch, seq, width], in the model's dtype, on the model's device. Rows of
+        padding hold whatever the model made of it: select with the mask.
+    """
+
+    token_ids: Tensor
+    attention_mask: Tensor
+    acts: dict[str, Tensor]
+
+
+class _AllCaptured(Exception):
+    """Raised by the last hook to leave the forward pass; never seen outside."""
+
+
+class LanguageModel:
+    """A causal language model and its tokenizer.
+
+    model: any `transformers` causal model; it is put into eval mode and its weights are frozen.
+    tokenizer: the tokenizer that belongs to it.
+    name: what the user calls it; it is written into every artifact.
+    revision: what exactly it is: the hub's commit, or a hash of the weights (made when left out).
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, name: str, revision: str | None = None):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self._revision = revision
+        self._hookpoints = HookpointResolver(self.model, lambda ids: self._run_once(ids))
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> "LanguageModel":
+        """Load a model by hub id, local folder, `.gguf` file, or "demo" (SmolLM2-135M-Instruct).
+
+        device: "auto" takes CUDA where there is one; else "cpu", "cuda:1", "mps".
+        dtype: "float32", "bfloat16", "float16"; "auto" is bfloat16 on CUDA and float32 elsewhere.
+        revision: a branch, tag or commit on the hub.
+        Raises: ModelError in one line when the model can't be had.
+        """
+        loaded: LoadedModel = load_model(str(name), device, dtype, revision, trust_remote_code)
+        return cls(loaded.model, loaded.tokenizer, name=str(name), revision=loaded.revision)
+
+    @cached_property
+    def revision(self) -> str:
+        return self._revision or model_revision(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(next(self.model.parameters()).device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
+
+    @property
+    def n_layers(self) -> int:
+        return len(self._hookpoints.layers)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: at least the number of tokens that the tokenizer knows."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def max_ctx_len(self) -> int | None:
+        """The longest sequence that the model has positions for, or None where it has no limit."""
+        config = self.model.config.get_text_config()
+        n = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        return int(n) if n else None
+
+    def hookpoints(self) -> list[str]:
+        """Every standard hookpoint of this model, in the order the data flows."""
+        return self._hookpoints.names()
+
+    def site(self, hookpoint: str) -> Site:
+        """The module and side that `hookpoint` names. Raises: HookpointError."""
+        return self._hookpoints.resolve(hookpoint)
+
+    def width(self, hookpoint: str) -> int:
+        """Size of the last axis at `hookpoint`, measured on one token."""
+        ids = torch.zeros(1, 1, dtype=torch.int64)
+        return int(self.capture(ids, [hookpoint]).acts[hookpoint].shape[-1])
+
+    # -- running ---------------------------------------------------------------------------------
+
+    def capture(self, inputs: str | Sequence[str] | Tensor, hookpoints: Sequence[str]) -> Captured:
+        """One forward pass that keeps the activations at `hookpoints` and stops after the last.
+
+        inputs: a text, several texts (padded on the right), or token ids [batch, seq].
+        Raises: HookpointError if the model lacks a place, or never reaches one.
+        """
+        token_ids, mask = self.token_batch(inputs)
+        sites = {name: self.site(name) for name in dict.fromkeys(hookpoints)}
+        acts: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Edit:
+            def hook(x: Tensor) -> Tensor:
+                acts[name] = x.detach()
+                if len(acts) == len(sites):
+                    raise _AllCaptured
+                return x
+
+            return hook
+
+        with torch.no_grad(), _hooked([(site, keep(name)) for name, site in sites.items()]):
+            with suppress(_AllCaptured):
+                self._forward(token_ids, mask)
+        if missed := [name for name in sites if name not in acts]:
+            raise HookpointError(
+                f"the model never ran {missed[0]!r}: that module is not part of a forward pass"
+            )
+        return Captured(token_ids, mask, acts)
+
+    @contextmanager
+    def edit(self, edits: Mapping[str, Edit]) -> Iterator[None]:
+        """While open, replaces the stream at each hookpoint by `fn(x)`.
+
+        edits: hookpoint -> fn, with x and fn(x) of shape [batch, seq, width]. During generation
+            with a KV cache seq is 1 after the prompt: fn sees every position once.
+        The hooks are removed when the context closes, however it closes. Contexts nest; the inner
+        one sees what the outer one made.
+        """
+        with _hooked([(self.site(name), fn) for name, fn in edits.items()]):
+            yield
+
+    @torch.no_grad()
+    def logits(self, inputs: str | Sequence[str] | Tensor) -> Tensor:
+        """Logits of a plain forward pass, [batch, seq, vocab], in the model's dtype."""
+        token_ids, mask = self.token_batch(inputs)
+        return self._forward(token_ids, mask).logits  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 40,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> str:
+        """The prompt and its continuation.
+
+        temperature: 0 takes the most likely token each time (greedy); above 0 samples, and the
+            same seed gives the same text.
+        """
+        token_ids, mask = self.token_batch(prompt)
+        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            out = self.model.generate(
+                input_ids=token_ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=self._pad_id(),
+                **sampling,
+            )
+        n_special = 1 if self.prepends_bos else 0
+        return str(self.tokenizer.decode(out[0, n_special:], skip_special_tokens=False))
+
+    # -- tokens ----------------------------------------------------------------------------------
+
+    @cached_property
+    def prepends_bos(self) -> bool:
+        """Whether the tokenizer itself puts its BOS token before every text."""
+        ids = self.tokenizer("a").input_ids
+        return bool(ids) and ids[0] == self.tokenizer.bos_token_id is not None
+
+    def token_batch(self, inputs: str | Sequence[str] | Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask, both int64 [batch, seq], on the model's device.
+
+        Texts are tokenized as the tokenizer does by default (with BOS where it adds one) and
+        padded on the right, where a causal model can't see it.
+        Raises: ModelError for an empty text or ids outside the vocabulary.
+        """
+        if isinstance(inputs, Tensor):
+            rows = [row.tolist() for row in inputs.reshape(-1, inputs.shape[-1])]
+        else:
+            rows = self.tokenizer([inputs] if isinstance(inputs, str) else list(inputs)).input_ids
+        if not rows or not all(rows):
+            raise ModelError("the text is empty: give at least one token")
+        n = max(map(len, rows))
+        ids = torch.tensor([row + [self._pad_id()] * (n - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (n - len(row)) for row in rows])
+        if int(ids.max()) >= self.vocab_size or int(ids.min()) < 0:
+            raise ModelError(
+                f"token id {int(ids.max())} is outside of the vocabulary of {self.vocab_size}"
+            )
+        return ids.to(self.device), mask.to(self.device)
+
+    def token_strings(self, token_ids: Sequence[int] | Tensor) -> list[str]:
+        """Each token's own text; a token that is a part of a character is shown as `<0xE2>`."""
+        ids = token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)
+        return [self._token_string(int(i)) for i in ids]
+
+    def logit_matrix(self) -> Tensor:
+        """Unembedding with the final norm's scale folded in, float32 [width, vocab].
+
+        `v @ logit_matrix()` is the direct effect of a direction v of the last residual stream on
+        the logits, up to the norm's common positive factor (and its mean, for a LayerNorm).
+        """
+        head = self.model.get_output_embeddings()
+        if head is None:
+            raise ModelError(f"{type(self.model).__name__} has no unembedding")
+        W_U: Tensor = head.weight.detach().float().T  # [width, vocab]
+        scale = _norm_scale(self.site("final_norm").module)
+        return W_U if scale is None else W_U * scale.to(W_U.device)[:, None]
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _forward(self, token_ids: Tensor, mask: Tensor) -> Any:
+        """One pass without a KV cache; the mask is left out where nothing is padded."""
+        extra = {} if bool(mask.all()) else {"attention_mask": mask}
+        return self.model(input_ids=token_ids, use_cache=False, **extra)
+
+    def _run_once(self, ids: Tensor) -> None:
+        with torch.no_grad():
+            self._forward(ids.to(self.device), torch.ones_like(ids))
+
+    def _pad_id(self) -> int:
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return int(next(i for i in known if i is not None))
+
+    def _token_string(self, token_id: int) -> str:
+        piece = self.tokenizer.convert_ids_to_tokens(token_id)
+        text = str(self.tokenizer.decode([token_id], skip_special_tokens=False))
+        if piece is None:
+            return f"<unused {token_id}>"
+        if "�" in text:
+            return _bytes_shown(piece)
+        if piece.startswith("▁") and not text.startswith(" "):
+            return " " + text
+        return text
+
+
+def _hook_function(site: Site, fn: Edit) -> Callable[..., Any]:
+    """`fn` as a forward hook of the site's module: replaces the first tensor, keeps the rest."""
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = first_tensor(args)
+        if x is not None:
+            return tuple(fn(a) if a is x else a for a in args), kwargs
+        x = first_tensor(kwargs)
+        return args, {k: fn(v) if v is x and v is not None else v for k, v in kwargs.items()}
+
+    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return fn(output)
+        x = first_tensor(output)
+        return type(output)(fn(v) if v is x and v is not None else v for v in output)
+
+    return before if site.on_input else after
+
+
+@contextmanager
+def _hooked(hooks: Sequence[tuple[Site, Edit]]) -> Iterator[None]:
+    """Sets the hooks while the context is open; the only place that registers working hooks."""
+    handles = []
+    try:
+        for site, fn in hooks:
+            function = _hook_function(site, fn)
+            if site.on_input:
+                handles.append(site.module.register_forward_pre_hook(function, with_kwargs=True))
+            else:
+                handles.append(site.module.register_forward_hook(function))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _norm_scale(norm: nn.Module) -> Tensor | None:
+    """The factor by which a norm multiplies each coordinate, or None where it has no weight.
+
+    Gemma's norms multiply by 1 + weight: told apart by a unit vector through the norm itself.
+    """
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor):
+        return None
+    ones = torch.ones(1, 1, weight.shape[0], dtype=weight.dtype, device=weight.device)
+    ones[..., ::2] = -1.0  # mean 0 and mean square 1: any norm leaves it as it is
+    bias = getattr(norm, "bias", None)
+    out: Tensor = norm(ones) - (bias if isinstance(bias, Tensor) else 0)
+    return (out / ones)[0, 0].detach().float()
+
+
+def _bytes_shown(piece: str) -> str:
+    """A byte-level token that is no whole character, byte by byte: `<0xE2><0x80>`."""
+    if piece.startswith("<0x"):
+        return piece
+    values = [_BYTE_OF_CHAR.get(c, ord(c) & 255) for c in piece]
+    return "".join(chr(b) if 32 <= b < 127 else f"<0x{b:02X}>" for b in values)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's table of printable stand-ins for bytes, which every byte-level BPE uses."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = {chr(b): b for b in plain}
+    for n, b in enumerate(b for b in range(256) if b not in plain):
+        table[chr(256 + n)] = b
+    return table
+
+
+_BYTE_OF_CHAR = _byte_alphabet()

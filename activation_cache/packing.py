@@ -1,0 +1,128 @@
+"""Documents -> packed blocks of tokens, in order, with nothing lost at any border.
+
+In: documents and a tokenizer. Out: `TokenBlock`s of exactly `ctx_len` rows (the last may be
+shorter). Documents stand one after another, each closed by the separator token; a document that
+does not fit goes on in the next block. `Position` says where the next block starts, so that packing
+from there yields the very same blocks as packing from the beginning.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .documents import Document
+from .errors import CorpusError
+
+BOS_POSITION = -1
+"""Position of a BOS row: it belongs to no place in a document."""
+_TOKENIZED_AT_ONCE = 64
+
+
+class Position(NamedTuple):
+    """The first token that no block holds yet: number of its document, and its place in it."""
+
+    document: int = 0
+    token: int = 0
+
+
+START = Position()
+
+
+class TokenBlock(NamedTuple):
+    """One packed block.
+
+    token_ids: int64 [rows]. doc_ids: int64 [rows], the document's number in the corpus; a BOS row
+    takes that of the row after it. positions: int32 [rows], place in the document, -1 for BOS.
+    end: where the next block starts. sources: doc_id -> source, of documents that start here.
+    """
+
+    token_ids: NDArray[np.int64]
+    doc_ids: NDArray[np.int64]
+    positions: NDArray[np.int32]
+    end: Position
+    sources: dict[int, str]
+
+
+class Packing(NamedTuple):
+    """How documents become blocks.
+
+    ctx_len: rows of a block, BOS included. bos_id: set before every block, or None.
+    separator_id: set after every document, or None. max_doc_tokens: more of a document is left out.
+    """
+
+    ctx_len: int
+    bos_id: int | None = None
+    separator_id: int | None = None
+    max_doc_tokens: int | None = None
+
+
+def pack(
+    documents: Iterable[Document], tokenizer: Any, packing: Packing, start: Position = START
+) -> Iterator[TokenBlock]:
+    """Yield blocks. documents: those from number `start.document` on.
+
+    Raises: CorpusError if the documents hold no token at all.
+    """
+    room = packing.ctx_len - (packing.bos_id is not None)
+    rows = _Rows([], [], [], {})
+    n_tokens = 0
+    for doc_id, source, tokens in _tokenized(documents, tokenizer, packing, start.document):
+        skipped = start.token if doc_id == start.document else 0
+        if skipped == 0 and tokens:
+            rows.sources[doc_id] = source
+        n_tokens += len(tokens)
+        place = skipped
+        while place < len(tokens):
+            taken = tokens[place : place + room - len(rows.token_ids)]
+            rows.token_ids.extend(taken)
+            rows.doc_ids.extend([doc_id] * len(taken))
+            rows.positions.extend(range(place, place + len(taken)))
+            place += len(taken)
+            if len(rows.token_ids) == room:
+                end = Position(doc_id, place) if place < len(tokens) else Position(doc_id + 1)
+                yield _block(rows, packing, end)
+                rows = _Rows([], [], [], {})
+    if rows.token_ids:
+        yield _block(rows, packing, Position(rows.doc_ids[-1] + 1))
+    if n_tokens == 0 and start == START:
+        raise CorpusError("the corpus is empty: no document holds a token")
+
+
+class _Rows(NamedTuple):
+    token_ids: list[int]
+    doc_ids: list[int]
+    positions: list[int]
+    sources: dict[int, str]
+
+
+def _block(rows: _Rows, packing: Packing, end: Position) -> TokenBlock:
+    ids, docs, positions = rows.token_ids, rows.doc_ids, rows.positions
+    if packing.bos_id is not None:
+        ids, docs = [packing.bos_id, *ids], [docs[0], *docs]
+        positions = [BOS_POSITION, *positions]
+    return TokenBlock(
+        np.array(ids, dtype=np.int64),
+        np.array(docs, dtype=np.int64),
+        np.array(positions, dtype=np.int32),
+        end,
+        rows.sources,
+    )
+
+
+def _tokenized(
+    documents: Iterable[Document], tokenizer: Any, packing: Packing, first: int
+) -> Iterator[tuple[int, str, list[int]]]:
+    """(doc_id, source, tokens with the separator) of each document; an empty one has no tokens."""
+    numbered = enumerate(documents, first)
+    while group := list(itertools.islice(numbered, _TOKENIZED_AT_ONCE)):
+        ids = tokenizer(
+            [document.text for _, document in group], add_special_tokens=False, verbose=False
+        ).input_ids
+        for (doc_id, document), tokens in zip(group, ids, strict=True):
+            kept = tokens[: packing.max_doc_tokens]
+            if kept and packing.separator_id is not None:
+                kept = [*kept, packing.separator_id]
+            yield doc_id, document.source, kept
