@@ -354,8 +354,8 @@ class ActivationCache:
         if self._heldout_fraction == 0:
             return np.zeros(len(doc_ids), dtype=bool)
         chance = _document_chance(doc_ids)
-        held_out: NDArray[np.bool_] = chance < self._heldout_fraction
-        return held_out | (doc_ids == self._always_held_out)
+        held_out = np.less(chance, self._heldout_fraction)
+        return np.logical_or(held_out, doc_ids == self._always_held_out)
 
     @cached_property
     def _always_held_out(self) -> int:

@@ -138,9 +138,9 @@ class LanguageModel:
 
             return hook
 
-        with torch.no_grad(), _hooked([(site, keep(name)) for name, site in sites.items()]):
-            with suppress(_AllCaptured):
-                self._forward(token_ids, mask)
+        hooks = [(site, keep(name)) for name, site in sites.items()]
+        with torch.no_grad(), _hooked(hooks), suppress(_AllCaptured):
+            self._forward(token_ids, mask)
         if missed := [name for name in sites if name not in acts]:
             raise HookpointError(
                 f"the model never ran {missed[0]!r}: that module is not part of a forward pass"
