@@ -1,0 +1,64 @@
+"""Activations -> sparse autoencoder: training, evaluation, checkpoints. Pure mathematics.
+
+    run = train(source, "layers.6.resid_post", BatchTopKConfig(d_sae=16384, k=64), out="runs/l6")
+    sae = SAE.load("runs/l6")
+    codes = sae.encode_sparse(x)
+    x_hat = sae.decode_sparse(codes)
+    report = evaluate(sae, source, lm)
+
+Nothing here knows about language models: activations come from an ActivationSource, and a model
+to splice reconstructions into is a SplicedModel.
+"""
+
+from sae.architectures import BatchTopKConfig, TopKConfig
+from sae.autoencoder import SAE, Origin
+from sae.codes import Codes
+from sae.config import EvalConfig, SAEConfig, TrainConfig
+from sae.errors import (
+    CheckpointError,
+    ConfigError,
+    CorruptFileError,
+    FormatError,
+    MissingFileError,
+    NewerFormatError,
+    NonFiniteError,
+    ResumeMismatchError,
+    SAEError,
+    SourceError,
+    TrainingError,
+    TrainingStoppedError,
+)
+from sae.metrics import Metrics, fvu
+from sae.sources import ActivationSource, SplicedModel, TensorSource, TokenBlock
+from sae.training import RunResult, train
+
+__all__ = [
+    "SAE",
+    "ActivationSource",
+    "BatchTopKConfig",
+    "CheckpointError",
+    "Codes",
+    "ConfigError",
+    "CorruptFileError",
+    "EvalConfig",
+    "FormatError",
+    "Metrics",
+    "MissingFileError",
+    "NewerFormatError",
+    "NonFiniteError",
+    "Origin",
+    "ResumeMismatchError",
+    "RunResult",
+    "SAEConfig",
+    "SAEError",
+    "SourceError",
+    "SplicedModel",
+    "TensorSource",
+    "TokenBlock",
+    "TopKConfig",
+    "TrainConfig",
+    "TrainingError",
+    "TrainingStoppedError",
+    "fvu",
+    "train",
+]

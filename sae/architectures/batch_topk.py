@@ -1,0 +1,60 @@
+"""BatchTopK: the batch * k largest features of a batch; at inference, those above a threshold."""
+
+from __future__ import annotations
+
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from sae.architectures.base import Architecture, Selection
+from sae.architectures.topk import TopKConfig
+from sae.codes import Codes
+from sae.config import SAEConfig
+from sae.selection import PreActs, above_threshold, top_of_batch
+
+# Weight of the newest batch in the running mean that the threshold is in training.
+THRESHOLD_RATE = 0.01
+
+
+class BatchTopKConfig(TopKConfig):
+    """BatchTopK: k features a row are active on average over a batch."""
+
+
+class BatchTopK(Architecture):
+    """The batch * k largest of the whole batch, so that rows may differ in how many they use.
+
+        pre_acts = (x - b_dec) @ W_enc + b_enc
+        training:  acts = ReLU(the batch * k largest pre_acts of the batch), 0 elsewhere
+        inference: acts = pre_acts where pre_acts > threshold, 0 elsewhere
+        x_hat    = acts @ W_dec + b_dec
+
+    threshold is a running mean of the smallest act kept in a batch, made anew from the final
+    weights by the calibration after training.
+    Source: Bussmann et al. 2024, arXiv 2412.06410.
+    """
+
+    name: ClassVar[str] = "batch_topk"
+    config_class: ClassVar[type[SAEConfig]] = BatchTopKConfig
+
+    def select_training(self, pre_acts: PreActs, config: SAEConfig, threshold: Tensor) -> Selection:
+        """The batch * k largest, and the running mean moved towards the smallest of them."""
+        n_keep = cast(BatchTopKConfig, config).k * len(pre_acts.x)
+        codes, smallest = top_of_batch(pre_acts, n_keep, expected=float(threshold))
+        started = torch.lerp(threshold, smallest.to(threshold.dtype), THRESHOLD_RATE)
+        return Selection(codes, torch.where(threshold > 0, started, smallest))
+
+    def select(self, pre_acts: PreActs, config: SAEConfig, threshold: Tensor) -> Codes:
+        """All pre-activations above the threshold."""
+        del config
+        return above_threshold(pre_acts, threshold)
+
+    def expected_l0(self, config: SAEConfig) -> float | None:
+        """k, as a mean over rows."""
+        return float(cast(BatchTopKConfig, config).k)
+
+    def calibrate(self, pre_acts: PreActs, config: SAEConfig, threshold: Tensor) -> Tensor:
+        """The smallest act that this batch keeps: above it, L0 here is k but for that one."""
+        n_keep = cast(BatchTopKConfig, config).k * len(pre_acts.x)
+        smallest = top_of_batch(pre_acts, n_keep, expected=float(threshold)).smallest
+        return smallest.to(threshold.dtype)

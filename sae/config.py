@@ -1,0 +1,153 @@
+"""Settings: small frozen models. Each option stands once, with its default and its description.
+
+The architectures' own settings lie beside them in sae/architectures.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sae.errors import ConfigError
+
+
+class Config(BaseModel):
+    """A frozen group of settings; an unknown or impossible one is a one-line ConfigError."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise ConfigError(_one_line(type(self), error)) from None
+
+
+class SAEConfig(Config):
+    """What every architecture needs; each adds its own."""
+
+    d_sae: int = Field(gt=0, description="Number of features.")
+
+
+class TrainConfig(Config):
+    """How an SAE is trained. None means: resolved at the start, and saved resolved."""
+
+    n_steps: int | None = Field(
+        default=None,
+        gt=0,
+        description="Steps. None: as n_tokens says, or one pass over the activations.",
+    )
+    n_tokens: int | None = Field(
+        default=None,
+        gt=0,
+        description="Tokens to train on, instead of n_steps; passes repeat as needed.",
+    )
+    batch_size: int = Field(default=4096, gt=0, description="Rows a step.")
+    lr: float | None = Field(
+        default=None, gt=0, description="Peak learning rate. None: 2e-4 / sqrt(d_sae / 16384)."
+    )
+    warmup_steps: int | None = Field(
+        default=None,
+        ge=0,
+        description="Steps of linear warm-up. None: 5% of the steps, at most 1000.",
+    )
+    decay_fraction: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="Last fraction of the steps, over which lr falls to zero.",
+    )
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="Adam's decay of the mean gradient.")
+    beta2: float = Field(
+        default=0.999, ge=0, lt=1, description="Adam's decay of the squared gradient."
+    )
+    max_grad_norm: float | None = Field(
+        default=1.0,
+        gt=0,
+        description="Gradients of a larger L2 norm are scaled down to it. None: never.",
+    )
+    auxk_coefficient: float = Field(
+        default=1 / 32,
+        ge=0,
+        description="Weight of the dead features' loss (AuxK); 0 turns it off.",
+    )
+    k_aux: int | None = Field(
+        default=None, gt=0, description="Dead features active in a row for AuxK. None: d_model / 2."
+    )
+    dead_after_tokens: int = Field(
+        default=1_000_000, gt=0, description="A feature not active for this many tokens is dead."
+    )
+    b_dec_init: Literal["mean", "geometric_median"] = Field(
+        default="mean", description="Where b_dec starts: the first rows' mean or geometric median."
+    )
+    init_rows: int = Field(
+        default=16_384,
+        gt=0,
+        description="Rows that the input scale, variance and b_dec start from.",
+    )
+    calibration_rows: int = Field(
+        default=131_072,
+        gt=0,
+        description="Train rows for threshold, max_act and density at the end.",
+    )
+    max_skipped_batches: int = Field(
+        default=10,
+        gt=0,
+        description="Batches with NaN or Inf in a row, after which training stops.",
+    )
+    checkpoint_every_steps: int = Field(default=500, gt=0, description="Steps between checkpoints.")
+    keep_checkpoints: int = Field(default=2, gt=0, description="Newest checkpoints that are kept.")
+    log_every_steps: int = Field(default=10, gt=0, description="Steps between lines of metrics.")
+    seed: int = Field(default=0, ge=0, description="Seed of the start and of the order of rows.")
+    device: str | None = Field(
+        default=None, description="Torch device. None: cuda if there, else cpu."
+    )
+
+    @model_validator(mode="after")
+    def _only_one_length(self) -> TrainConfig:
+        if self.n_steps is not None and self.n_tokens is not None:
+            raise ValueError(
+                f"n_steps={self.n_steps} and n_tokens={self.n_tokens} both say how long to "
+                "train; give one of them"
+            )
+        return self
+
+
+class EvalConfig(Config):
+    """What an SAE is evaluated on."""
+
+    n_rows: int | None = Field(
+        default=262_144, gt=0, description="Held-out rows, at most. None: all."
+    )
+    batch_size: int = Field(default=4096, gt=0, description="Rows encoded at a time.")
+    split: str = Field(default="heldout", description="Split that rows and tokens are taken from.")
+    n_lm_tokens: int = Field(
+        default=8192,
+        gt=0,
+        description="Target tokens, at most, that cross-entropies are taken over.",
+    )
+    lm_batch_size: int = Field(
+        default=8, gt=0, description="Token blocks run through the model at a time."
+    )
+    baseline_rows: int = Field(
+        default=65_536, gt=0, description="Train rows that baselines are fitted on."
+    )
+    seed: int = Field(
+        default=0, ge=0, description="Seed of the row order and of the untrained baseline."
+    )
+
+
+def _one_line(config: type[BaseModel], error: ValidationError) -> str:
+    """The first thing wrong, in one line that names the setting, its value and the way out."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = get_close_matches(name, config.model_fields, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(config.model_fields)}"
+        return f"{config.__name__} has no setting {name!r}; {hint}"
+    if not name:
+        return f"{config.__name__}: {first['msg'].removeprefix('Value error, ')}"
+    value = "nothing was given" if first["type"] == "missing" else f"got {first['input']!r}"
+    return f"{config.__name__}.{name}: {first['msg'].removeprefix('Value error, ')}; {value}"

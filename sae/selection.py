@@ -1,0 +1,148 @@
+"""Centred activations -> codes: the encoder product, and the choice of active features.
+
+The product is made in tiles of rows, small enough for the scores to be chosen from while they
+lie in cache; dense pre-activations [batch, d_sae] never exist. Equal scores are ordered by row,
+then by feature_id, so every choice is exact and deterministic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae.codes import Codes, offsets_of_counts, offsets_of_sorted
+
+# Rows a tile: fewer starve the matrix product, more push its scores out of cache.
+TILE_ROWS = 512
+# A tile's scores stay below this, whatever d_sae is.
+TILE_BYTES = 64 * 2**20
+# Candidates of a choice over the batch start at this fraction of the expected threshold: low
+# enough that a step's drift doesn't pass it, high enough that few candidates are superfluous.
+CANDIDATE_MARGIN = 0.9
+
+
+class PreActs(NamedTuple):
+    """Pre-activations that aren't computed yet: x @ W.T + b.
+
+    x: [batch, d_model], centred. W: [d_sae, d_model], the encoder feature by feature. b: [d_sae].
+    """
+
+    x: Tensor
+    W: Tensor
+    b: Tensor
+
+    def tiles(self) -> Iterator[tuple[int, Tensor]]:
+        """First row and scores [tile, d_sae] of each tile; the scores' memory is used again."""
+        row_bytes = self.b.numel() * self.b.element_size()
+        height = min(TILE_ROWS, max(32, TILE_BYTES // row_bytes), len(self.x))
+        scores = self.x.new_empty(height, len(self.b))
+        for start in range(0, len(self.x), max(height, 1)):
+            x = self.x[start : start + height]
+            yield start, torch.addmm(self.b, x, self.W.T, out=scores[: len(x)])
+
+
+class BatchChoice(NamedTuple):
+    """codes, and the smallest act among them (a scalar tensor; 0 when there are none)."""
+
+    codes: Codes
+    smallest: Tensor
+
+
+def top_k_of_rows(pre_acts: PreActs, k: int) -> Codes:
+    """The k largest positive pre-activations of each row (fewer where fewer are positive)."""
+    parts = [_top_k_of_tile(scores, k) for _, scores in pre_acts.tiles()]
+    return Codes.concatenate(parts or [_no_codes(pre_acts)])
+
+
+def above_threshold(pre_acts: PreActs, threshold: Tensor) -> Codes:
+    """All pre-activations above a threshold >= 0: a scalar or [d_sae]."""
+    flat, acts = _candidates(pre_acts, threshold)
+    return _codes_of_flat(flat, acts, pre_acts)
+
+
+def top_of_batch(pre_acts: PreActs, n_keep: int, expected: float) -> BatchChoice:
+    """The n_keep largest positive pre-activations of the whole batch (all, if fewer are positive).
+
+    expected: a guess at the smallest act that will be kept; <= 0 means unknown. It affects only
+    speed: when too few candidates lie above it, the product is made again with a lower one.
+    """
+    for lower in _falling_thresholds(pre_acts, n_keep, expected):
+        flat, acts = _candidates(pre_acts, lower)
+        if len(acts) >= n_keep:
+            break
+    if len(acts) > n_keep:
+        flat, acts = _keep_largest(flat, acts, n_keep)
+    smallest = acts.min() if len(acts) else acts.new_zeros(())
+    return BatchChoice(_codes_of_flat(flat, acts, pre_acts), smallest)
+
+
+def _top_k_of_tile(scores: Tensor, k: int) -> Codes:
+    d_sae = scores.shape[1]
+    values, ids = scores.topk(min(k + 1, d_sae), dim=1)
+    if k < d_sae:
+        is_tied = (values[:, k] == values[:, k - 1]) & (values[:, k] > 0)
+        values, ids = values[:, :k], ids[:, :k]
+        if is_tied.any():
+            ids[is_tied] = scores[is_tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    ids = ids.sort(dim=1).values
+    acts = scores.gather(1, ids)
+    is_active = acts > 0
+    return Codes(acts[is_active], ids[is_active], offsets_of_counts(is_active.sum(1)))
+
+
+def _candidates(pre_acts: PreActs, lower: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Flat positions row * d_sae + feature_id, ascending, and values of the scores above lower."""
+    flats, values = [], []
+    for start, scores in pre_acts.tiles():
+        flat = (scores > lower).view(-1).nonzero().squeeze(1)
+        values.append(scores.view(-1)[flat])
+        flats.append(flat + start * scores.shape[1])
+    if not flats:
+        empty = _no_codes(pre_acts)
+        return empty.feature_ids, empty.acts
+    return torch.cat(flats), torch.cat(values)
+
+
+def _falling_thresholds(pre_acts: PreActs, n_keep: int, expected: float) -> Iterator[float]:
+    """Thresholds to look for candidates above, cheapest first; the last, 0, is always enough."""
+    if expected > 0:
+        yield CANDIDATE_MARGIN * expected
+    guess = _guess_smallest(pre_acts, n_keep)
+    if guess > 0:
+        yield CANDIDATE_MARGIN * guess
+        yield CANDIDATE_MARGIN * guess / 2
+    yield 0.0
+
+
+def _guess_smallest(pre_acts: PreActs, n_keep: int) -> float:
+    """The smallest act that would be kept if the first tile's rows were the whole batch."""
+    for _, scores in pre_acts.tiles():
+        n_kept = max(1, n_keep * len(scores) // len(pre_acts.x))
+        if n_kept >= scores.numel():
+            return 0.0
+        kth = scores.reshape(-1).kthvalue(scores.numel() - n_kept + 1).values
+        return max(0.0, float(kth))
+    return 0.0
+
+
+def _keep_largest(flat: Tensor, acts: Tensor, n_keep: int) -> tuple[Tensor, Tensor]:
+    """The n_keep largest acts, in the order given; of equal acts, the first."""
+    smallest = acts.kthvalue(len(acts) - n_keep + 1).values
+    is_kept = acts > smallest
+    n_missing = n_keep - int(is_kept.sum())
+    is_kept[(acts == smallest).nonzero().squeeze(1)[:n_missing]] = True
+    return flat[is_kept], acts[is_kept]
+
+
+def _codes_of_flat(flat: Tensor, acts: Tensor, pre_acts: PreActs) -> Codes:
+    rows = flat // len(pre_acts.b)
+    offsets = offsets_of_sorted(rows, n_bags=len(pre_acts.x))
+    return Codes(acts, flat - rows * len(pre_acts.b), offsets)
+
+
+def _no_codes(pre_acts: PreActs) -> Codes:
+    ids = torch.empty(0, dtype=torch.int64, device=pre_acts.x.device)
+    return Codes(pre_acts.x.new_empty(0), ids, ids.new_zeros(1))

@@ -1,0 +1,186 @@
+"""Where activations come from: what sae asks of an activation cache and a language model.
+
+activation_cache.ActivationCache and activation_cache.LanguageModel satisfy the protocols;
+TensorSource makes any tensor a source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sae.errors import SourceError
+
+
+class TokenBlock(Protocol):
+    """One packed block of tokens: what a language model is run on."""
+
+    @property
+    def token_ids(self) -> Tensor:
+        """[seq] int64."""
+
+    @property
+    def in_split(self) -> Tensor:
+        """[seq] bool: whether each position belongs to the split asked for."""
+
+
+class ActivationSource(Protocol):
+    """Activations at hookpoints, split into train and heldout."""
+
+    def d_model(self, hookpoint: str) -> int:
+        """Width of the activations."""
+
+    def n_rows(self, hookpoint: str, *, split: str = "train") -> int:
+        """Rows of a split, those of massive norm left out."""
+
+    def n_massive(self, hookpoint: str, *, split: str = "train") -> int:
+        """Rows of a split that are left out because their norm is massive."""
+
+    def max_norm(self, hookpoint: str) -> float:
+        """Rows of a larger L2 norm are massive; math.inf if none are."""
+
+    def batches(
+        self,
+        hookpoint: str,
+        batch_size: int,
+        *,
+        seed: int,
+        split: str = "train",
+        start_batch: int = 0,
+        epochs: int | None = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[Tensor]:
+        """Shuffled rows, float32 [batch, d_model], one stream across epochs; None is endless.
+
+        The order depends on seed alone; start_batch begins there without reading what lies before.
+        """
+
+    def token_blocks(self, *, split: str = "heldout") -> Iterator[TokenBlock]:
+        """The tokens that the activations of a split come from."""
+
+    def provenance(self, hookpoint: str) -> dict[str, Any]:
+        """What the activations were made from, as JSON: model, revision, tokenizer, hashes."""
+
+
+class SplicedModel(Protocol):
+    """A language model whose stream can be edited."""
+
+    def logits(self, token_ids: Tensor) -> Tensor:
+        """[batch, seq] int64 -> [batch, seq, vocab], in the model's dtype."""
+
+    def edit(self, edits: Mapping[str, Callable[[Tensor], Tensor]]) -> AbstractContextManager[None]:
+        """Within the context, x [batch, seq, d_model] at each hookpoint becomes edits[...](x)."""
+
+
+class TensorSource:
+    """A tensor as a source: every hookpoint names the same rows.
+
+    x: [n_rows, d_model], the train split. heldout: the same for the split of that name (none if
+    not given). Rows of an L2 norm above max_norm are left out of both.
+    Raises: SourceError if a tensor isn't two-dimensional, or widths differ.
+    """
+
+    def __init__(
+        self, x: Tensor, heldout: Tensor | None = None, *, max_norm: float = math.inf
+    ) -> None:
+        splits = {"train": x, "heldout": x[:0] if heldout is None else heldout}
+        for split, rows in splits.items():
+            if rows.dim() != 2 or rows.shape[1] != x.shape[-1]:
+                raise SourceError(
+                    f"the {split} tensor has shape {list(rows.shape)}; "
+                    f"expected [n_rows, {x.shape[-1]}]"
+                )
+        self._max_norm = max_norm
+        self._n_massive: dict[str, int] = {}
+        self._rows: dict[str, Tensor] = {}
+        for split, rows in splits.items():
+            # NaN isn't massive: training has its own rule for it.
+            is_massive = rows.float().norm(dim=1) > max_norm
+            self._n_massive[split] = int(is_massive.sum())
+            self._rows[split] = rows.float()[~is_massive] if is_massive.any() else rows.float()
+
+    def d_model(self, hookpoint: str) -> int:
+        """Width of the tensor."""
+        del hookpoint
+        return self._rows["train"].shape[1]
+
+    def n_rows(self, hookpoint: str, *, split: str = "train") -> int:
+        """Rows of a split, those of massive norm left out."""
+        del hookpoint
+        return len(self._split(split))
+
+    def n_massive(self, hookpoint: str, *, split: str = "train") -> int:
+        """Rows of a split that were left out."""
+        del hookpoint
+        self._split(split)
+        return self._n_massive[split]
+
+    def max_norm(self, hookpoint: str) -> float:
+        """The norm above which rows are left out."""
+        del hookpoint
+        return self._max_norm
+
+    def batches(
+        self,
+        hookpoint: str,
+        batch_size: int,
+        *,
+        seed: int,
+        split: str = "train",
+        start_batch: int = 0,
+        epochs: int | None = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[Tensor]:
+        """Rows in a fresh permutation each epoch; only the very last batch may be short."""
+        del hookpoint
+        rows = self._split(split)
+        n_total = math.inf if epochs is None else epochs * len(rows)
+        for batch in itertools.count(start_batch):
+            start, stop = batch * batch_size, min((batch + 1) * batch_size, n_total)
+            if start >= n_total or len(rows) == 0:
+                return
+            places = torch.arange(start, int(stop))[rank::world_size]
+            yield rows[_shuffled(places, len(rows), seed)]
+
+    def token_blocks(self, *, split: str = "heldout") -> Iterator[TokenBlock]:
+        """None: a plain tensor has no tokens."""
+        self._split(split)
+        return iter(())
+
+    def provenance(self, hookpoint: str) -> dict[str, Any]:
+        """The train tensor's shape and hash."""
+        rows = self._rows["train"].contiguous()
+        digest = hashlib.sha256(rows.cpu().numpy().tobytes()).hexdigest()
+        return {
+            "source": "tensor",
+            "hookpoint": hookpoint,
+            "shape": list(rows.shape),
+            "sha256": digest,
+        }
+
+    def _split(self, split: str) -> Tensor:
+        if split not in self._rows:
+            raise SourceError(f"no split {split!r}; a tensor source has train and heldout")
+        return self._rows[split]
+
+
+def _shuffled(places: Tensor, n_rows: int, seed: int) -> Tensor:
+    """Rows at places of the endless stream in which each epoch is a permutation of its own."""
+    if len(places) == 0:
+        return places
+    ids = torch.empty_like(places)
+    for epoch in range(int(places[0]) // n_rows, int(places[-1]) // n_rows + 1):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(n_rows, generator=generator)
+        is_here = places // n_rows == epoch
+        ids[is_here] = order[places[is_here] - epoch * n_rows]
+    return ids
