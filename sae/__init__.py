@@ -28,18 +28,22 @@ from sae.errors import (
     TrainingError,
     TrainingStoppedError,
 )
+from sae.evaluation import evaluate
 from sae.metrics import Metrics, fvu
+from sae.report import Baseline, CrossEntropy, Reconstruction, Report
 from sae.sources import ActivationSource, SplicedModel, TensorSource, TokenBlock
 from sae.training import RunResult, train
 
 __all__ = [
     "SAE",
     "ActivationSource",
+    "Baseline",
     "BatchTopKConfig",
     "CheckpointError",
     "Codes",
     "ConfigError",
     "CorruptFileError",
+    "CrossEntropy",
     "EvalConfig",
     "FormatError",
     "Metrics",
@@ -47,6 +51,8 @@ __all__ = [
     "NewerFormatError",
     "NonFiniteError",
     "Origin",
+    "Reconstruction",
+    "Report",
     "ResumeMismatchError",
     "RunResult",
     "SAEConfig",
@@ -59,6 +65,7 @@ __all__ = [
     "TrainConfig",
     "TrainingError",
     "TrainingStoppedError",
+    "evaluate",
     "fvu",
     "train",
 ]

@@ -1,0 +1,118 @@
+"""Putting something else in the place of activations while a language model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae.errors import SourceError
+from sae.sources import ActivationSource, SplicedModel, TokenBlock
+
+Replacement = Callable[[Tensor], Tensor]
+
+
+class SplicedLoss(NamedTuple):
+    """cross_entropy: nats a target token. kl: KL(clean || replaced), nats a target token."""
+
+    cross_entropy: float
+    kl: float
+
+
+class SplicedLosses(NamedTuple):
+    """clean: the untouched model's cross-entropy. replaced: by name. n_tokens: targets counted."""
+
+    clean: float
+    replaced: dict[str, SplicedLoss]
+    n_tokens: int
+
+
+@torch.no_grad()
+def spliced_losses(
+    lm: SplicedModel,
+    source: ActivationSource,
+    hookpoint: str,
+    replacements: Mapping[str, Replacement],
+    *,
+    max_norm: float,
+    n_tokens: int,
+    batch_size: int,
+    split: str = "heldout",
+) -> SplicedLosses:
+    """Cross-entropies of a model with its activations at hookpoint replaced in turn.
+
+    A replacement maps rows [n, d_model] float32 to the same shape. Rows of a norm above max_norm
+    stay as they are. The prediction made at a position counts if the next token is in the split;
+    at least n_tokens are counted, or all there are.
+    Raises: SourceError if the source has no token in the split.
+    """
+    sums = dict.fromkeys(replacements, (0.0, 0.0))
+    clean_sum, n_counted = 0.0, 0
+    for token_ids, is_counted in _batches(source, split, batch_size):
+        clean = _log_probabilities(lm, token_ids, is_counted)
+        targets = token_ids[:, 1:][is_counted].to(clean.device)
+        clean_sum += _cross_entropy_sum(clean, targets)
+        for name, replacement in replacements.items():
+            with lm.edit({hookpoint: _in_domain_only(replacement, max_norm)}):
+                replaced = _log_probabilities(lm, token_ids, is_counted)
+            ce_sum, kl_sum = sums[name]
+            divergence = float((clean.exp() * (clean - replaced)).double().sum())
+            sums[name] = (ce_sum + _cross_entropy_sum(replaced, targets), kl_sum + divergence)
+        n_counted += len(targets)
+        if n_counted >= n_tokens:
+            break
+    if n_counted == 0:
+        raise SourceError(
+            f"the source has no {split} tokens to run a model on; evaluate without lm, or give a "
+            "cache that was harvested with held-out documents"
+        )
+    means = {name: SplicedLoss(ce / n_counted, kl / n_counted) for name, (ce, kl) in sums.items()}
+    return SplicedLosses(clean_sum / n_counted, means, n_counted)
+
+
+def _in_domain_only(replacement: Replacement, max_norm: float) -> Replacement:
+    """The replacement on x [batch, seq, d_model], rows of massive norm left as they are."""
+
+    def edit(x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        is_massive = rows.norm(dim=1, keepdim=True) > max_norm
+        replaced = torch.where(is_massive, rows, replacement(rows).to(rows.device))
+        return replaced.to(x.dtype).view(x.shape)
+
+    return edit
+
+
+def _batches(
+    source: ActivationSource, split: str, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """token_ids [batch, seq] of blocks of equal length, and which targets count [batch, seq - 1].
+
+    Blocks of another length than their neighbours make a batch of their own.
+    """
+    waiting: list[TokenBlock] = []
+    for block in source.token_blocks(split=split):
+        is_other_length = bool(waiting) and len(block.token_ids) != len(waiting[0].token_ids)
+        if is_other_length or len(waiting) == batch_size:
+            yield _stack(waiting)
+            waiting = []
+        waiting.append(block)
+    if waiting:
+        yield _stack(waiting)
+
+
+def _stack(blocks: list[TokenBlock]) -> tuple[Tensor, Tensor]:
+    in_split = torch.stack([block.in_split for block in blocks])
+    return torch.stack([block.token_ids for block in blocks]), in_split[:, 1:]
+
+
+def _log_probabilities(lm: SplicedModel, token_ids: Tensor, is_counted: Tensor) -> Tensor:
+    """Log-probabilities of the predictions that count: [n, vocab] float32."""
+    logits = lm.logits(token_ids)[:, :-1]
+    return logits[is_counted.to(logits.device)].float().log_softmax(-1)
+
+
+def _cross_entropy_sum(log_probabilities: Tensor, targets: Tensor) -> float:
+    chosen = log_probabilities.gather(1, targets.unsqueeze(1))
+    return -float(chosen.double().sum())
