@@ -11,10 +11,10 @@ from sae.architectures.base import Architecture, Selection
 from sae.architectures.topk import TopKConfig
 from sae.codes import Codes
 from sae.config import SAEConfig
-from sae.selection import PreActs, above_threshold, top_of_batch
+from sae.selection import CANDIDATE_MARGIN, PreActs, above_threshold, top_of_batch
 
 # Weight of the newest batch in the running mean that the threshold is in training.
-THRESHOLD_RATE = 0.01
+THRESHOLD_RATE = 0.05
 
 
 class BatchTopKConfig(TopKConfig):
@@ -41,8 +41,11 @@ class BatchTopK(Architecture):
         """The batch * k largest, and the running mean moved towards the smallest of them."""
         n_keep = cast(BatchTopKConfig, config).k * len(pre_acts.x)
         codes, smallest = top_of_batch(pre_acts, n_keep, expected=float(threshold))
-        started = torch.lerp(threshold, smallest.to(threshold.dtype), THRESHOLD_RATE)
-        return Selection(codes, torch.where(threshold > 0, started, smallest))
+        smallest = smallest.to(threshold.dtype)
+        mean = torch.lerp(threshold, smallest, THRESHOLD_RATE)
+        # A mean that has fallen behind costs a second product in every step: begin it anew.
+        is_useful = (threshold > 0) & (smallest > CANDIDATE_MARGIN * threshold)
+        return Selection(codes, torch.where(is_useful, mean, smallest))
 
     def select(self, pre_acts: PreActs, config: SAEConfig, threshold: Tensor) -> Codes:
         """All pre-activations above the threshold."""
