@@ -1,0 +1,38 @@
+"""Every error a user of this package can meet.
+
+FeatureDBError                the root; a ValueError
+├── IndexingError             build_index can't start, or its parts don't fit together
+│   └── DatabaseExistsError   `out` holds something else already
+├── OpenError                 the file is missing, is no feature database, is torn or in use
+│   └── SchemaVersionError    the database is of another version than this code
+├── QueryError                SQL that DuckDB refuses, or that fails while it runs
+└── NotFoundError             a feature id, SAE or count that the database doesn't hold
+"""
+
+
+class FeatureDBError(ValueError):
+    """Root of this package's errors: one line that names the value and the way out."""
+
+
+class IndexingError(FeatureDBError):
+    """The model, the SAEs and the cache don't fit together, or the index can't be built."""
+
+
+class DatabaseExistsError(IndexingError):
+    """A different database stands at `out`, and overwriting wasn't asked for."""
+
+
+class OpenError(FeatureDBError):
+    """The path is missing, isn't a feature database, is torn, or is being written."""
+
+
+class SchemaVersionError(OpenError):
+    """The database was written by a newer or an older schema than this code reads."""
+
+
+class QueryError(FeatureDBError):
+    """DuckDB refused the SQL, or it failed while it ran."""
+
+
+class NotFoundError(FeatureDBError):
+    """The database holds no such feature, SAE or number of rows."""

@@ -1,0 +1,232 @@
+"""Feature: everything the database holds about one feature, shown as a page.
+
+In: a feature's id. Out: a frozen record with its statistics, contexts, tokens, logits, histogram
+and neighbours; in notebooks and terminals its contexts are shaded by activation.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+
+from .shading import html_block, html_text, shaded_html, shaded_text
+from .token_text import quoted, visible
+
+_SHOWN_CONTEXTS = 10
+_BARS = " ▁▂▃▄▅▆▇█"
+
+Rows = Callable[[str, Sequence[Any]], list[dict[str, Any]]]
+
+
+class Context(NamedTuple):
+    """One place where a feature fires, and the text around it.
+
+    kind: "top" or "quantile". rank: from 1, by act. quantile: of the act among the feature's acts,
+    0 to 1; None for kind "top". position: of the active token in its document. peak: its index in
+    token_ids, tokens and acts. acts: the feature's act on each token.
+    """
+
+    kind: str
+    rank: int
+    quantile: float | None
+    doc_id: int
+    position: int
+    act: float
+    token: str
+    peak: int
+    text: str
+    token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    acts: tuple[float, ...]
+
+
+class TokenLift(NamedTuple):
+    """A token that a feature fires on. lift: P(active | token) / P(active), smoothed.
+
+    n_active: rows of the token on which the feature fires. n_total: rows of the token.
+    """
+
+    token_id: int
+    token: str
+    n_active: int
+    n_total: int
+    mean_act: float
+    lift: float
+
+
+class LogitEffect(NamedTuple):
+    """A token and what one unit of the feature's act adds to its logit."""
+
+    token_id: int
+    token: str
+    logit: float
+
+
+class HistogramBin(NamedTuple):
+    """n acts in lo <= act < hi; bins that hold none are left out."""
+
+    lo: float
+    hi: float
+    n: int
+
+
+class Neighbor(NamedTuple):
+    """Another feature of the same SAE and the cosine of the two directions."""
+
+    feature_id: int
+    cosine: float
+    label: str | None
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One feature of one SAE. density: fraction of the indexed tokens on which it fires.
+
+    mean_act (over those) and max_act are None if it never fired.
+    """
+
+    sae_id: int
+    feature_id: int
+    sae_name: str
+    hookpoint: str
+    label: str | None
+    label_method: str | None
+    density: float
+    n_active: int
+    mean_act: float | None
+    max_act: float | None
+    is_dead: bool
+    top: tuple[Context, ...]
+    quantiles: tuple[Context, ...]
+    tokens: tuple[TokenLift, ...]
+    promoted: tuple[LogitEffect, ...]
+    suppressed: tuple[LogitEffect, ...]
+    histogram: tuple[HistogramBin, ...]
+    neighbors: tuple[Neighbor, ...]
+
+    def __repr__(self) -> str:
+        return f"Feature({self.feature_id}, {self.shown_label!r}, {self._statistics()})"
+
+    @property
+    def shown_label(self) -> str:
+        """The label, safe to show; what to say where there is none."""
+        return visible(self.label) if self.label else "never active in the indexed text"
+
+    def _statistics(self) -> str:
+        if self.is_dead:
+            return "dead"
+        return (
+            f"density {self.density:.3%}, {self.n_active:,} activations, "
+            f"mean {self.mean_act:.3g}, max {self.max_act:.3g}"
+        )
+
+    def _lines(self) -> list[tuple[str, str]]:
+        """(name, text) of what is shown beside the contexts; the text is safe, but no HTML."""
+        lines = [
+            ("tokens", ", ".join(f"{quoted(t.token)} {t.lift:.3g}x" for t in self.tokens)),
+            ("promotes", ", ".join(f"{quoted(t.token)} {t.logit:+.2f}" for t in self.promoted)),
+            ("suppresses", ", ".join(f"{quoted(t.token)} {t.logit:+.2f}" for t in self.suppressed)),
+            ("acts", sparkline(self.histogram)),
+            ("near", "; ".join(_neighbor_text(n) for n in self.neighbors[:5])),
+        ]
+        return [(name, text) for name, text in lines if text]
+
+    def _context_groups(self) -> list[tuple[str, tuple[Context, ...]]]:
+        groups = [("strongest", self.top[:_SHOWN_CONTEXTS]), ("by quantile", self.quantiles)]
+        return [(name, contexts) for name, contexts in groups if contexts]
+
+    def _repr_html_(self) -> str:
+        parts = [
+            f"<b>feature {self.feature_id}</b> {html_text(self.shown_label)}",
+            html_text(f"{self.sae_name} at {self.hookpoint}; {self._statistics()}"),
+        ]
+        parts += [f"<i>{name}</i> {html_text(text)}" for name, text in self._lines()]
+        for name, contexts in self._context_groups():
+            parts.append(f"<i>{name}</i>")
+            for c in contexts:
+                shaded = shaded_html(c.tokens, c.acts, peak=c.peak, highest=self.max_act)
+                parts.append(f"{_strength(c)} {shaded}")
+        return html_block(*parts)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text.assemble((f"feature {self.feature_id}", "bold"), f"  {self.shown_label}")
+        yield Text(f"{visible(self.sae_name)} at {self.hookpoint}; {self._statistics()}", "dim")
+        for name, text in self._lines():
+            yield Text.assemble((f"{name:>11}  ", "italic"), text)
+        for name, contexts in self._context_groups():
+            yield Text(name, "italic")
+            for c in contexts:
+                shaded = shaded_text(c.tokens, c.acts, peak=c.peak, highest=self.max_act)
+                yield Text(f"{_strength(c)}  ") + shaded
+
+
+def load_feature(rows: Rows, sae_id: int, feature_id: int) -> Feature | None:
+    """Read one feature; None if there is no such. rows: runs a query, gives dicts."""
+    where = "WHERE sae_id = ? AND feature_id = ?"
+    ids = [sae_id, feature_id]
+    found = rows(
+        "SELECT features.*, saes.name AS sae_name, saes.hookpoint "
+        f"FROM features JOIN saes USING (sae_id) {where}",
+        ids,
+    )
+    if not found:
+        return None
+    contexts = [_context(row) for row in rows(f"SELECT * FROM contexts {where} ORDER BY rank", ids)]
+    logits = rows(f"SELECT * FROM feature_logits {where} ORDER BY rank", ids)
+    tokens = rows(f"SELECT * FROM feature_tokens {where} ORDER BY rank", ids)
+    bins = rows(f"SELECT lo, hi, n FROM feature_histogram {where} ORDER BY bin", ids)
+    near = rows(
+        "SELECT neighbor_id AS feature_id, cosine, label FROM neighbors JOIN "
+        "(SELECT sae_id, feature_id AS neighbor_id, label FROM features) "
+        f"USING (sae_id, neighbor_id) {where} ORDER BY rank",
+        ids,
+    )
+    names = Feature.__dataclass_fields__
+    return Feature(
+        **{name: value for name, value in found[0].items() if name in names},
+        top=tuple(c for c in contexts if c.kind == "top"),
+        quantiles=tuple(c for c in contexts if c.kind == "quantile"),
+        tokens=tuple(TokenLift(*(row[name] for name in TokenLift._fields)) for row in tokens),
+        promoted=_effects(logits, 1),
+        suppressed=_effects(logits, -1),
+        histogram=tuple(HistogramBin(**row) for row in bins),
+        neighbors=tuple(Neighbor(**row) for row in near),
+    )
+
+
+def sparkline(histogram: Sequence[HistogramBin]) -> str:
+    """The histogram as bars between its lowest and its highest bin: `0.016 ▁▅█▂ 0.13`."""
+    if not histogram:
+        return ""
+    most = max(b.n for b in histogram)
+    bars = []
+    for i, b in enumerate(histogram):
+        if i and b.lo > histogram[i - 1].hi:
+            bars.append(_BARS[0])
+        bars.append(_BARS[max(1, round(b.n / most * (len(_BARS) - 1)))])
+    return f"{histogram[0].lo:.2g} {''.join(bars)} {histogram[-1].hi:.2g}"
+
+
+def _context(row: dict[str, Any]) -> Context:
+    lists = {name: tuple(row[name]) for name in ("token_ids", "tokens", "acts")}
+    return Context(**{name: row[name] for name in Context._fields} | lists)
+
+
+def _effects(logits: Sequence[dict[str, Any]], sign: int) -> tuple[LogitEffect, ...]:
+    return tuple(
+        LogitEffect(row["token_id"], row["token"], row["logit"])
+        for row in logits
+        if row["sign"] == sign
+    )
+
+
+def _neighbor_text(neighbor: Neighbor) -> str:
+    label = f" {visible(neighbor.label)}" if neighbor.label else ""
+    return f"{neighbor.feature_id} ({neighbor.cosine:.2f}){label}"
+
+
+def _strength(context: Context) -> str:
+    place = "" if context.quantile is None else f" q{context.quantile:.2f}"
+    return f"{context.act:7.3g}{place}"

@@ -1,0 +1,119 @@
+"""A tiny random GPT-2, a real cache of it and two real SAEs, made once for all tests here."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import decoders as token_decoders
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from activation_cache import ActivationCache, LanguageModel, harvest
+from feature_db import FeatureDB, IndexConfig, build_index
+from sae import SAE, BatchTopKConfig, Origin, TopKConfig
+
+HOOKPOINT = "layers.1.resid_post"
+SUBJECTS = ["The president", "A keeper of keys", "Every judge", "The golden gate", "Café owners"]
+VERBS = ["spoke of", "opened", "ruled on", "stood before", "forgot"]
+OBJECTS = ["the treaty", "many doors", "a court", "the bay <b>", "their\nnames", "été"]
+
+
+class World(NamedTuple):
+    """What the tests index, and the database of it."""
+
+    lm: LanguageModel
+    cache: ActivationCache
+    sae: SAE
+    other: SAE
+    path: Path
+
+
+def texts() -> list[str]:
+    """Twelve documents of a few dozen words."""
+    sentences = [f"{s} {v} {o}." for s in SUBJECTS for v in VERBS for o in OBJECTS]
+    generator = torch.Generator().manual_seed(1)
+    order = torch.randperm(len(sentences), generator=generator).tolist()
+    return [" ".join(sentences[i] for i in order[n * 12 : n * 12 + 12]) for n in range(12)]
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = token_decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>"
+    )
+
+
+def tiny_lm(seed: int = 0) -> LanguageModel:
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=128,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return LanguageModel(GPT2LMHeadModel(config), tokenizer, name=f"tiny-{seed}")
+
+
+def random_sae(config: TopKConfig | BatchTopKConfig, seed: int, cache: ActivationCache) -> SAE:
+    """An SAE of random directions; its last feature can never fire."""
+    generator = torch.Generator().manual_seed(seed)
+    origin = Origin(
+        hookpoint=HOOKPOINT,
+        max_norm=cache.max_norm(HOOKPOINT),
+        n_tokens_trained=4096,
+        provenance=cache.provenance(HOOKPOINT),
+    )
+    sae = SAE(config, cache.d_model(HOOKPOINT), origin)
+    directions = torch.randn(config.d_sae, sae.d_model, generator=generator)
+    sae.W_dec.copy_(torch.nn.functional.normalize(directions, dim=1))
+    sae.W_enc_rows.copy_(sae.W_dec)
+    sae.b_enc[-1] = -1e6
+    sae.threshold.fill_(0.4)
+    return sae
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("feature_db")
+    lm = tiny_lm()
+    cache = harvest(
+        lm,
+        texts(),
+        hookpoints=[HOOKPOINT],
+        out=folder / "acts",
+        n_tokens=1500,
+        ctx_len=64,
+        prepend_bos=True,
+        storage_dtype="float32",
+    )
+    sae = random_sae(TopKConfig(d_sae=48, k=4), 0, cache)
+    other = random_sae(BatchTopKConfig(d_sae=20, k=3), 1, cache)
+    path = build_index(lm, [sae], cache, out=folder / "one.duckdb", config=small_config())
+    return World(lm, cache, sae, other, path)
+
+
+def small_config(**changes: object) -> IndexConfig:
+    """Small numbers, so that every limit is met."""
+    options: dict[str, object] = {"n_top": 6, "quantile_sample": 12, "n_quantiles": 4}
+    options |= {"tokens_before": 6, "tokens_after": 3, "chunk_rows": 500, "n_neighbors": 5}
+    return IndexConfig.model_validate(options | changes)
+
+
+@pytest.fixture
+def db(world: World) -> FeatureDB:
+    with FeatureDB.open(world.path) as opened:
+        yield opened
