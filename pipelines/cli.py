@@ -1,0 +1,98 @@
+"""The command `saebase`: one function for each verb, flags made from the configs' fields.
+
+    saebase --help              saebase VERB --help
+
+`--config file.yaml` gives any flag of a verb; flags on the line win. A mistake of the user's is one
+line and exit status 2; `--debug` shows where it came from. Interrupted work ends with status 130
+and goes on when the same command is called again.
+"""
+
+import importlib.metadata
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
+from cyclopts.config import Yaml
+from rich.console import Console
+
+from .config import read_yaml, unknown_key
+from .errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, USER_ERRORS
+
+console = Console()
+error_console = Console(stderr=True)
+
+app = App(
+    name="saebase",
+    help="Stream a language model's activations to disk, train sparse autoencoders on them, "
+    "query every feature with SQL, and steer the model by them.",
+    version=lambda: importlib.metadata.version("saebase"),
+    console=console,
+    error_console=error_console,
+    result_action="return_value",
+    help_flags=["--help", "-h"],
+)
+
+
+@app.meta.default
+def _launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Annotated[Path | None, Parameter(help="YAML file with any flags of the verb.")] = None,
+    debug: Annotated[bool, Parameter(negative=(), help="Show tracebacks.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s")
+    if config is not None:
+        read_yaml(config)
+        app.config = Yaml(config, use_commands_as_keys=False, must_exist=True)
+    app(tokens, exit_on_error=False, print_error=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; ends the process with 0, 2 (the user's mistake) or 130 (interrupted)."""
+    sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command. Returns: its exit status."""
+    _load_commands()
+    signal.signal(signal.SIGTERM, _interrupt)
+    tokens = list(arguments) or ["--help"]
+    try:
+        app.meta(tokens, exit_on_error=False, print_error=False)
+    except (*USER_ERRORS, CycloptsError) as error:
+        if "--debug" in tokens:
+            error_console.print_exception()
+        error_console.print(f"saebase: {_message(error)}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        error_console.print("saebase: interrupted; the same command goes on from here")
+        return EXIT_INTERRUPTED
+    finally:
+        app.config = ()
+    return 0
+
+
+def _load_commands() -> None:
+    """Register the verbs. Imported here, so that `saebase --version` need not wait for torch."""
+    from . import commands  # noqa: F401
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _message(error: Exception) -> str:
+    """One line for the user, with the nearest known name where a name is unknown."""
+    if isinstance(error, UnknownOptionError) and error.token.source not in ("", "cli"):
+        key = (error.token.keyword or error.token.value).strip("[]")
+        names = [name for argument in error.argument_collection for name in argument.names]
+        known = [name.removeprefix("--").replace("-", "_") for name in names]
+        return f"{error.token.source}: {unknown_key(key, known)}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 2 and "validation error" in lines[0]:  # pydantic's, in several lines
+        value = lines[2].partition("input_value=")[2].partition(", input_type")[0]
+        return f"--{lines[1].replace('_', '-')} {value}: {lines[2].partition(' [type=')[0].lower()}"
+    return " ".join(lines)

@@ -1,0 +1,76 @@
+"""Verbs that ask a feature database: query, search, show, active."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from feature_db import FeatureDB
+from sae import SAE
+
+from ..cli import app, console
+from ..stages import model_of
+from .arguments import DEFAULT_DATABASE, Database, Device, Dtype, Limit, Sae, SaeId
+
+
+@app.command
+def query(
+    sql: Annotated[str, Parameter(help="One SQL statement.")],
+    *,
+    db: Database = DEFAULT_DATABASE,
+    output: Annotated[
+        Literal["table", "csv", "json"], Parameter(name=["--format"], help="How to print it.")
+    ] = "table",
+) -> None:
+    """Ask SQL of the database, read-only. `SHOW TABLES` lists what there is."""
+    with FeatureDB.open(db) as features:
+        result = features.sql(sql)
+        if output == "csv":
+            console.file.write(result.df().to_csv(index=False))
+        elif output == "json":
+            console.file.write(result.df().to_json(orient="records", lines=True))
+        else:
+            console.print(result)
+
+
+@app.command
+def search(
+    text: Annotated[str, Parameter(help="Words or a phrase.")],
+    *,
+    db: Database = DEFAULT_DATABASE,
+    limit: Limit = 20,
+) -> None:
+    """Find features by the words in their labels, tokens and contexts."""
+    with FeatureDB.open(db) as features:
+        console.print(features.search(text, limit=limit))
+
+
+@app.command
+def show(
+    feature: Annotated[int, Parameter(help="Feature id.")],
+    *,
+    db: Database = DEFAULT_DATABASE,
+    sae_id: SaeId = None,
+) -> None:
+    """Show all that is known of one feature."""
+    with FeatureDB.open(db) as features:
+        console.print(features.feature(feature, sae_id))
+
+
+@app.command
+def active(
+    text: Annotated[str, Parameter(help="The text to run the model on.")],
+    *,
+    sae: Sae,
+    db: Database = DEFAULT_DATABASE,
+    n: Annotated[int, Parameter(name=["--n"], help="Features to show for each token.")] = 3,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Show which features are active on each token of a text."""
+    with FeatureDB.open(db) as features, console.status("running the model"):
+        loaded = SAE.load(sae)
+        lm = model_of(loaded, device, dtype)
+        found = features.active(lm, loaded, text, n=n)
+    console.print(found)
+

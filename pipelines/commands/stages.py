@@ -1,0 +1,121 @@
+"""Verbs that make artifacts one by one: harvest, train, evaluate, index, verify."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from activation_cache import ActivationCache, HarvestConfig
+from feature_db import IndexConfig
+from sae import BatchTopKConfig, EvalConfig, TrainConfig
+from sae.architectures import config_of
+
+from .. import stages
+from ..cli import app, console
+from ..trackers import Tracker, WandbTracker
+from .arguments import DEFAULT_ACTS, DEFAULT_DATABASE, Acts, Device, Dtype, Model, Sae
+
+Fields = Parameter(name="*")
+Hookpoint = Annotated[str | None, Parameter(help="Where, if the cache holds several places.")]
+
+
+@app.command
+def harvest(
+    *,
+    model: Model,
+    dataset: Annotated[
+        str, Parameter(help="Hub dataset, .jsonl, .txt or .parquet file, folder, or demo.")
+    ],
+    hookpoints: Annotated[
+        list[str],
+        Parameter(consume_multiple=True, negative=(), help="Places, such as layers.6.resid_post."),
+    ],
+    out: Annotated[Path, Parameter(help="Folder to write to, or to go on in.")] = DEFAULT_ACTS,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    settings: Annotated[HarvestConfig, Fields] = HarvestConfig(),  # noqa: B008
+) -> None:
+    """Store a model's activations over a text on disk."""
+    load_lm = stages.model_loader(model, device, dtype, console)
+    stages.harvest_stage(console, load_lm, dataset, hookpoints, out, settings)
+    _next(f"saebase train --acts {out} --d-sae 16384 --k 64 --out runs/first")
+
+
+@app.command
+def train(
+    *,
+    out: Annotated[Path, Parameter(help="Folder for the SAE, or to go on in.")],
+    acts: Acts = DEFAULT_ACTS,
+    hookpoint: Hookpoint = None,
+    architecture: Annotated[
+        Literal["batch_topk", "topk"], Parameter(help="How features are selected.")
+    ] = "batch_topk",
+    sae: Annotated[BatchTopKConfig, Fields],
+    settings: Annotated[TrainConfig, Fields] = TrainConfig(),  # noqa: B008
+    wandb_project: Annotated[
+        str | None, Parameter(help="Also log to this Weights & Biases project.")
+    ] = None,
+) -> None:
+    """Train a sparse autoencoder on stored activations."""
+    cache, place = stages.open_cache(acts, hookpoint)
+    config = config_of(architecture, sae.model_dump())
+    trackers: list[Tracker] = []
+    if wandb_project:
+        described = {"architecture": architecture, **sae.model_dump(), **settings.model_dump()}
+        trackers.append(WandbTracker(wandb_project, out.name, described))
+    try:
+        stages.train_stage(console, cache, place, config, settings, out, trackers)
+    finally:
+        for tracker in trackers:
+            tracker.close()
+    _next(f"saebase evaluate {out} --acts {acts}")
+
+
+@app.command
+def evaluate(
+    sae: Sae,
+    *,
+    acts: Acts = DEFAULT_ACTS,
+    with_model: Annotated[
+        bool, Parameter(help="Also splice the SAE into its model and measure cross-entropy.")
+    ] = True,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    settings: Annotated[EvalConfig, Fields] = EvalConfig(),  # noqa: B008
+) -> None:
+    """Measure an SAE on held-out documents, beside an untrained SAE and PCA."""
+    cache = ActivationCache.open(acts)
+    load_lm = stages.model_of_cache(cache, device, dtype, console) if with_model else None
+    stages.evaluate_stage(console, sae, cache, load_lm, settings)
+    _next(f"saebase index {sae} --acts {acts}")
+
+
+@app.command
+def index(
+    saes: Annotated[list[Path], Parameter(help="Folders of trained SAEs.", negative=())],
+    *,
+    acts: Acts = DEFAULT_ACTS,
+    out: Annotated[Path, Parameter(help="Database file to write.")] = DEFAULT_DATABASE,
+    overwrite: Annotated[bool, Parameter(negative=(), help="Replace another database.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    settings: Annotated[IndexConfig, Fields] = IndexConfig(),  # noqa: B008
+) -> None:
+    """Look at every feature: contexts, tokens, logits, neighbours, labels, in one database."""
+    cache = ActivationCache.open(acts)
+    load_lm = stages.model_of_cache(cache, device, dtype, console)
+    stages.index_stage(console, load_lm, saes, cache, out, settings, overwrite=overwrite)
+    _next(f'saebase query "SELECT * FROM features ORDER BY density DESC LIMIT 10" --db {out}')
+
+
+@app.command
+def verify(acts: Acts = DEFAULT_ACTS) -> None:
+    """Read every byte of an activation cache and compare it with its checksums."""
+    cache = ActivationCache.open(acts)
+    with console.status("verifying"):
+        n_bytes = cache.verify()
+    console.print(f"{acts}: {n_bytes / 1e6:,.1f} MB in {cache.n_tokens:,} rows, all intact")
+
+
+def _next(command: str) -> None:
+    console.print(f"[dim]next:[/] {command}", highlight=False, soft_wrap=True)

@@ -1,0 +1,127 @@
+"""The configuration of a whole run: one YAML file, one frozen model, every option with its owner.
+
+    model: gpt2                          sae:
+    dataset: corpus.jsonl                  architecture: batch_topk
+    hookpoints: [layers.6.resid_post]      d_sae: 16384
+    out: runs/gpt2                         k: 64
+    harvest: {n_tokens: 20000000}        train: {lr: 0.0003}
+
+The sections `harvest`, `sae`, `train`, `evaluate` and `index` take the fields of the configs of the
+packages that do the work; defaults stand there and nowhere else.
+"""
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from activation_cache import HarvestConfig
+from feature_db import IndexConfig
+from sae import EvalConfig, SAEConfig, SAEError, TrainConfig
+from sae.architectures import config_of
+
+from .errors import ConfigFileError
+
+DEFAULT_ARCHITECTURE = "batch_topk"
+
+
+class PipelineConfig(BaseModel):
+    """All that a run from text to features needs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    model: str = Field(description="Hub id, local folder, .gguf file, or demo.")
+    dataset: str = Field(description="Hub dataset, .jsonl, .txt or .parquet file, folder, or demo.")
+    hookpoints: list[str] = Field(min_length=1, description="Places in the model, an SAE for each.")
+    out: Path = Field(description="Folder for acts, the trained SAEs and the database.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps.")
+    dtype: str = Field("auto", description="The model's: auto, float32, bfloat16 or float16.")
+    harvest: HarvestConfig = Field(default_factory=HarvestConfig)
+    sae: SAEConfig
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    evaluate: EvalConfig = Field(default_factory=EvalConfig)
+    index: IndexConfig = Field(default_factory=IndexConfig)
+
+    @field_validator("sae", mode="before")
+    @classmethod
+    def _sae_of_its_architecture(cls, section: Any) -> Any:
+        if not isinstance(section, Mapping):
+            return section
+        settings = dict(section)
+        return config_of(settings.pop("architecture", DEFAULT_ARCHITECTURE), settings)
+
+    @property
+    def acts(self) -> Path:
+        """Folder of the activation cache."""
+        return self.out / "acts"
+
+    @property
+    def database(self) -> Path:
+        """File of the feature database."""
+        return self.out / "features.duckdb"
+
+    def run_folder(self, hookpoint: str) -> Path:
+        """Folder of the SAE at `hookpoint`: `run`, or one in `runs` where there are several."""
+        return self.out / "run" if len(self.hookpoints) == 1 else self.out / "runs" / hookpoint
+
+
+def read_config(path: str | Path, **overrides: Any) -> PipelineConfig:
+    """The configuration in a YAML file. overrides: top-level keys that replace what it says.
+
+    Raises: ConfigFileError in one line that names the file, the key and the nearest known one.
+    """
+    settings = read_yaml(Path(path))
+    settings.update({key: value for key, value in overrides.items() if value is not None})
+    try:
+        return PipelineConfig.model_validate(settings)
+    except SAEError as error:
+        raise ConfigFileError(f"{path}: {error}") from error
+    except ValidationError as error:
+        raise ConfigFileError(f"{path}: {one_line(error, PipelineConfig)}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises: ConfigFileError."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigFileError(f"can't read the configuration {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        raise ConfigFileError(f"{path} is no valid YAML{line}: expected `key: value`") from error
+    if not isinstance(content, dict):
+        raise ConfigFileError(f"{path} holds {type(content).__name__}: expected `key: value` lines")
+    return content
+
+
+def one_line(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first thing that is wrong: key, value, what was expected, and the nearest known key."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return unknown_key(key, _known_keys(model))
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    message = first["msg"].removeprefix("Value error, ").lower()
+    return f"{key}={first['input']!r}: {message}" if key else message
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """Says that `key` is unknown, and which one may have been meant."""
+    known = sorted(known)
+    near = get_close_matches(key, known, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+    return f"unknown key {key!r}: {hint}"
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+    return keys

@@ -1,0 +1,83 @@
+"""What a person sees while a stage runs: a bar in a terminal, a line now and then elsewhere."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+LINE_EVERY_S = 15.0
+
+
+class StageProgress:
+    """Progress of one stage. Use as a context; call `update` as often as you like.
+
+    With a terminal it draws a bar. Without one (a log file, Slurm) it prints a line when it starts,
+    at most every 15 seconds, and when it ends.
+    """
+
+    def __init__(self, console: Console, title: str, unit: str):
+        self._console, self._title, self._unit = console, title, unit
+        self._start = self._last_line = time.perf_counter()
+        self._done, self._total, self._note = 0, 0, ""
+        self._bar = _bar(console) if console.is_terminal else None
+        self._task = self._bar.add_task(title, total=None, note="") if self._bar else None
+
+    def __enter__(self) -> "StageProgress":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+        elif self._done and kind is None:
+            self._print_line()
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self._start
+
+    def update(self, done: int, total: int, note: str = "") -> None:
+        """done, total: in the stage's unit. note: figures of the moment, such as `FVU 0.21`."""
+        self._done, self._total, self._note = min(done, total), total, note
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=self._done, total=total, note=note)
+        elif time.perf_counter() - self._last_line > LINE_EVERY_S:
+            self._print_line()
+
+    def _print_line(self) -> None:
+        self._last_line = time.perf_counter()
+        share = 100 * self._done / max(self._total, 1)
+        parts = [
+            f"{self._title}: {self._done:,} of {self._total:,} {self._unit} ({share:.0f}%)",
+            self._note,
+            f"{self.elapsed_s:.0f} s",
+        ]
+        self._console.print("  " + "  ".join(part for part in parts if part), highlight=False)
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("  [bold]{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[note]}"),
+        console=console,
+        refresh_per_second=4,
+    )

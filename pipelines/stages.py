@@ -1,0 +1,254 @@
+"""The stages of a run, in order: harvest, train, evaluate, index. Each is skipped when it is made.
+
+In: configs and a console. Out: artifacts in folders, and lines on the console about what was made.
+The work is done in the packages; here it is put in order, shown, and made to go on after a stop.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from rich.console import Console
+
+from activation_cache import (
+    ActivationCache,
+    HarvestConfig,
+    HarvestProgress,
+    LanguageModel,
+    harvest,
+)
+from feature_db import FeatureDB, IndexConfig, IndexProgress, build_index
+from sae import SAE, EvalConfig, Metrics, Report, SAEConfig, TrainConfig, evaluate, train
+
+from .config import PipelineConfig
+from .errors import PipelineError
+from .progress import StageProgress
+from .trackers import Tracker
+
+REPORT = "report.json"
+LoadModel = Callable[[], LanguageModel]
+
+
+def run_pipeline(
+    config: PipelineConfig, console: Console, trackers: Sequence[Tracker] = ()
+) -> dict[str, float]:
+    """Make whatever of the run is not made yet. Returns: seconds that each stage took."""
+    load_lm = model_loader(config.model, config.device, config.dtype, console)
+    seconds: dict[str, float] = {}
+    with _timed("harvest", seconds):
+        acts = harvest_stage(
+            console, load_lm, config.dataset, config.hookpoints, config.acts, config.harvest
+        )
+    folders = [config.run_folder(hookpoint) for hookpoint in config.hookpoints]
+    for hookpoint, folder in zip(config.hookpoints, folders, strict=True):
+        with _timed("train", seconds):
+            train_stage(console, acts, hookpoint, config.sae, config.train, folder, trackers)
+        with _timed("evaluate", seconds):
+            evaluate_stage(console, folder, acts, load_lm, config.evaluate, trackers)
+    with _timed("index", seconds):
+        index_stage(console, load_lm, folders, acts, config.database, config.index)
+    return seconds
+
+
+def model_loader(name: str, device: str, dtype: str, console: Console) -> LoadModel:
+    """A function that loads the model when it is first called, and then always returns it."""
+
+    @cache
+    def load() -> LanguageModel:
+        with console.status(f"loading {name}"):
+            return LanguageModel.load(name, device=device, dtype=dtype)
+
+    return load
+
+
+def model_of_cache(
+    acts: ActivationCache, device: str, dtype: str, console: Console
+) -> LoadModel:
+    """A loader of the model that a cache was made with; dtype "auto" is the one it ran in."""
+    made_with = acts.manifest.fingerprint
+    dtype = made_with.model_dtype if dtype == "auto" else dtype
+    return model_loader(made_with.model, device, dtype, console)
+
+
+def model_of(sae: SAE, device: str, dtype: str) -> LanguageModel:
+    """The model that an SAE was trained on; dtype "auto" is the one it ran in.
+
+    Raises: PipelineError if the SAE does not say, ModelError if it can't be loaded.
+    """
+    made_with = sae.origin.provenance
+    if "model" not in made_with:
+        raise PipelineError("this SAE does not say which model it was trained on")
+    dtype = made_with.get("model_dtype", dtype) if dtype == "auto" else dtype
+    return LanguageModel.load(made_with["model"], device=device, dtype=dtype)
+
+
+def harvest_stage(
+    console: Console,
+    load_lm: LoadModel,
+    dataset: str,
+    hookpoints: Sequence[str],
+    out: Path,
+    config: HarvestConfig,
+) -> ActivationCache:
+    """Text -> activations on disk, with progress."""
+    _heading(console, "harvest", f"{', '.join(hookpoints)} over {dataset} -> {out}")
+    with StageProgress(console, "harvest", "tokens") as progress:
+
+        def show(p: HarvestProgress) -> None:
+            progress.update(p.n_tokens, p.n_tokens_wanted, f"{p.tokens_per_s:,.0f} tokens/s")
+
+        acts = harvest(
+            load_lm(), dataset, hookpoints=hookpoints, out=out, config=config, on_progress=show
+        )
+    _made(console, cache_lines(acts))
+    return acts
+
+
+def train_stage(
+    console: Console,
+    acts: ActivationCache,
+    hookpoint: str,
+    sae_config: SAEConfig,
+    train_config: TrainConfig,
+    out: Path,
+    trackers: Sequence[Tracker] = (),
+) -> SAE:
+    """Activations -> SAE, with progress."""
+    _heading(console, "train", f"{hookpoint} of {acts.path} -> {out}")
+    n_batch = train_config.batch_size
+    with StageProgress(console, "train", "tokens") as progress:
+
+        def show(m: Metrics) -> None:
+            note = f"FVU {m.fvu:.3f}  L0 {m.l0:.1f}  dead {m.dead_fraction:.1%}"
+            total = (train_config.n_steps or 0) * n_batch or train_config.n_tokens or m.n_tokens
+            progress.update(m.n_tokens, total, f"{note}  {m.tokens_per_s:,.0f} tokens/s")
+            for tracker in trackers:
+                tracker.metrics(m)
+
+        sae = train(acts, hookpoint, sae_config, train_config, out=out, on_metrics=show).sae
+    _made(console, sae_lines(sae))
+    return sae
+
+
+def evaluate_stage(
+    console: Console,
+    folder: Path,
+    acts: ActivationCache,
+    load_lm: LoadModel | None,
+    config: EvalConfig,
+    trackers: Sequence[Tracker] = (),
+) -> Report:
+    """SAE -> report.json beside it: reconstruction, cross-entropies, baselines."""
+    _heading(console, "evaluate", f"{folder} on {config.split} documents of {acts.path}")
+    sae = SAE.load(folder)
+    made_from = {
+        "cache_fingerprint": acts.fingerprint_hash,
+        "weights": sae.weights_hash,
+        "with_model": load_lm is not None,
+        "config": config.model_dump(mode="json"),
+    }
+    report = _report_at(folder / REPORT)
+    if report is None or report.made_from != made_from:
+        with console.status("evaluating"):
+            found = evaluate(sae, acts, load_lm() if load_lm else None, config)
+        report = found.model_copy(update={"made_from": made_from})
+        report.write(folder / REPORT)
+    for tracker in trackers:
+        tracker.report(report)
+    _made(console, report.lines())
+    return report
+
+
+def index_stage(
+    console: Console,
+    load_lm: LoadModel,
+    folders: Sequence[Path],
+    acts: ActivationCache,
+    out: Path,
+    config: IndexConfig,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """SAEs + activations -> the feature database."""
+    _heading(console, "index", f"{', '.join(map(str, folders))} -> {out}")
+    with StageProgress(console, "index", "done") as progress:
+
+        def show(p: IndexProgress) -> None:
+            progress.update(p.done, p.total, p.stage)
+
+        path = build_index(
+            load_lm(), folders, acts, out=out, config=config, on_progress=show, overwrite=overwrite
+        )
+    with FeatureDB.open(path) as db:
+        _made(console, database_lines(db, path))
+    return path
+
+
+def cache_lines(acts: ActivationCache) -> list[str]:
+    """What a cache holds, in sentences."""
+    manifest, hookpoint = acts.manifest, acts.hookpoints[0]
+    ended = " (the text ended before the wanted number)" if manifest.is_exhausted else ""
+    held_out, massive = (
+        acts.n_rows(hookpoint, split="heldout"),
+        acts.n_massive(hookpoint, split="all"),
+    )
+    return [
+        f"{acts.n_tokens:,} tokens of {acts.n_documents:,} documents{ended}, "
+        f"{acts.n_bytes / 1e6:,.0f} MB in {acts.path}",
+        f"{acts.n_rows(hookpoint):,} rows to train on, {held_out:,} held out by document, "
+        f"{massive:,} of massive norm (above {acts.max_norm(hookpoint):,.0f}) left out",
+    ]
+
+
+def sae_lines(sae: SAE) -> list[str]:
+    """What an SAE is, in a sentence."""
+    k = f", k {sae.expected_l0:g}" if sae.expected_l0 else ""
+    return [
+        f"{sae.architecture} SAE at {sae.hookpoint}: {sae.d_sae:,} features of width "
+        f"{sae.d_model}{k}, trained on {sae.origin.n_tokens_trained:,} rows"
+    ]
+
+
+def database_lines(db: FeatureDB, path: Path) -> list[str]:
+    """What a feature database holds, in a sentence."""
+    features, alive, contexts = db.sql(
+        "SELECT count(*), count(*) FILTER (WHERE NOT is_dead), "
+        "(SELECT count(*) FROM contexts) FROM features"
+    ).fetchall()[0]
+    return [
+        f"{features:,} features ({alive:,} active), {contexts:,} contexts, "
+        f"{path.stat().st_size / 1e6:,.1f} MB in {path}"
+    ]
+
+
+def open_cache(folder: Path, hookpoint: str | None) -> tuple[ActivationCache, str]:
+    """A cache, and the hookpoint of it that is meant: the only one where none is named."""
+    acts = ActivationCache.open(folder)
+    if hookpoint is None and len(acts.hookpoints) > 1:
+        raise PipelineError(
+            f"cache {folder} holds {', '.join(acts.hookpoints)}: choose one with --hookpoint"
+        )
+    return acts, hookpoint or acts.hookpoints[0]
+
+
+def _report_at(path: Path) -> Report | None:
+    return Report.read(path) if path.is_file() else None
+
+
+def _heading(console: Console, stage: str, what: str) -> None:
+    console.print(f"[bold cyan]{stage}[/]  {what}", highlight=False)
+
+
+def _made(console: Console, lines: Sequence[str]) -> None:
+    for line in lines:
+        console.print(f"  {line}", highlight=False, markup=False)
+    console.print()
+
+
+@contextmanager
+def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started
