@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -29,6 +30,15 @@ def plant(n_rows: int, d_model: int, n_features: int, n_active: float, seed: int
     is_active = torch.rand(n_rows, n_features, generator=generator) < n_active / n_features
     strength = torch.rand(n_rows, n_features, generator=generator) + 0.5
     return Planted(7 * (is_active * strength) @ directions + 1, directions)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from threads, and lose much where other work shares the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
