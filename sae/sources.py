@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sae.config import Split
 from sae.errors import SourceError
 
 
@@ -37,10 +38,10 @@ class ActivationSource(Protocol):
     def d_model(self, hookpoint: str) -> int:
         """Width of the activations."""
 
-    def n_rows(self, hookpoint: str, *, split: str = "train") -> int:
+    def n_rows(self, hookpoint: str, *, split: Split = "train") -> int:
         """Rows of a split, those of massive norm left out."""
 
-    def n_massive(self, hookpoint: str, *, split: str = "train") -> int:
+    def n_massive(self, hookpoint: str, *, split: Split = "train") -> int:
         """Rows of a split that are left out because their norm is massive."""
 
     def max_norm(self, hookpoint: str) -> float:
@@ -52,7 +53,7 @@ class ActivationSource(Protocol):
         batch_size: int,
         *,
         seed: int,
-        split: str = "train",
+        split: Split = "train",
         start_batch: int = 0,
         epochs: int | None = 1,
         rank: int = 0,
@@ -63,7 +64,7 @@ class ActivationSource(Protocol):
         The order depends on seed alone; start_batch begins there without reading what lies before.
         """
 
-    def token_blocks(self, *, split: str = "heldout") -> Iterator[TokenBlock]:
+    def token_blocks(self, *, split: Split = "heldout") -> Iterator[TokenBlock]:
         """The tokens that the activations of a split come from."""
 
     def provenance(self, hookpoint: str) -> dict[str, Any]:
@@ -112,12 +113,12 @@ class TensorSource:
         del hookpoint
         return self._rows["train"].shape[1]
 
-    def n_rows(self, hookpoint: str, *, split: str = "train") -> int:
+    def n_rows(self, hookpoint: str, *, split: Split = "train") -> int:
         """Rows of a split, those of massive norm left out."""
         del hookpoint
         return len(self._split(split))
 
-    def n_massive(self, hookpoint: str, *, split: str = "train") -> int:
+    def n_massive(self, hookpoint: str, *, split: Split = "train") -> int:
         """Rows of a split that were left out."""
         del hookpoint
         self._split(split)
@@ -134,7 +135,7 @@ class TensorSource:
         batch_size: int,
         *,
         seed: int,
-        split: str = "train",
+        split: Split = "train",
         start_batch: int = 0,
         epochs: int | None = 1,
         rank: int = 0,
@@ -151,7 +152,7 @@ class TensorSource:
             places = torch.arange(start, int(stop))[rank::world_size]
             yield rows[_shuffled(places, len(rows), seed)]
 
-    def token_blocks(self, *, split: str = "heldout") -> Iterator[TokenBlock]:
+    def token_blocks(self, *, split: Split = "heldout") -> Iterator[TokenBlock]:
         """None: a plain tensor has no tokens."""
         self._split(split)
         return iter(())

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sae.config import Split
 from sae.errors import SourceError
 from sae.sources import ActivationSource, SplicedModel, TokenBlock
 
@@ -39,7 +40,7 @@ def spliced_losses(
     max_norm: float,
     n_tokens: int,
     batch_size: int,
-    split: str = "heldout",
+    split: Split = "heldout",
 ) -> SplicedLosses:
     """Cross-entropies of a model with its activations at hookpoint replaced in turn.
 
@@ -85,7 +86,7 @@ def _in_domain_only(replacement: Replacement, max_norm: float) -> Replacement:
 
 
 def _batches(
-    source: ActivationSource, split: str, batch_size: int
+    source: ActivationSource, split: Split, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """token_ids [batch, seq] of blocks of equal length, and which targets count [batch, seq - 1].
 
