@@ -5,8 +5,8 @@ In: a hub id, a folder, a `.gguf` file, "demo", or a model that is already in me
 only while they are needed: with nothing active, logits are bitwise those of the untouched model.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from .errors import HookpointError, ModelError
-from .hookpoints import HookpointResolver, Site, first_tensor
+from .hookpoints import HookpointResolver
 from .loading import LoadedModel, load_model, model_revision
+from .sites import Edit, Site, hooked
 
-Edit = Callable[[Tensor], Tensor]
+_PLAIN_DECODING: dict[str, Any] = {
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "temperature": None,
+    "top_k": None,
+    "top_p": None,
+    "min_p": None,
+    "typical_p": None,
+}
 
 
 class Captured(NamedTuple):
@@ -53,7 +63,9 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.name = name
         self._revision = revision
-        self._hookpoints = HookpointResolver(self.model, lambda ids: self._run_once(ids))
+        self._hookpoints = HookpointResolver(self.model, self._run_probe)
+        self._is_probing = False
+        self._seq_shape = torch.Size()  # [batch, seq] of the pass that runs
 
     @classmethod
     def load(
@@ -113,9 +125,18 @@ class LanguageModel:
         return self._hookpoints.resolve(hookpoint)
 
     def width(self, hookpoint: str) -> int:
-        """Size of the last axis at `hookpoint`, measured on one token."""
-        ids = torch.zeros(1, 1, dtype=torch.int64)
-        return int(self.capture(ids, [hookpoint]).acts[hookpoint].shape[-1])
+        """Size of the last axis at `hookpoint`, measured on two tokens.
+
+        Raises: HookpointError if what flows there is not of shape [batch, seq, width].
+        """
+        ids = torch.zeros(1, 2, dtype=torch.int64)
+        shape = tuple(self.capture(ids, [hookpoint]).acts[hookpoint].shape)
+        if len(shape) != 3 or shape[:2] != (1, 2):
+            raise HookpointError(
+                f"{hookpoint!r} gives a tensor of shape {list(shape)} for two tokens: expected "
+                "[batch, seq, width], one row for each token; choose another place"
+            )
+        return shape[-1]
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -131,15 +152,17 @@ class LanguageModel:
 
         def keep(name: str) -> Edit:
             def hook(x: Tensor) -> Tensor:
-                acts[name] = x.detach()
-                if len(acts) == len(sites):
+                is_last = len(acts.keys() | {name}) == len(sites)
+                # what lies before the last may be changed in place by the model (Falcon does)
+                acts.setdefault(name, x if is_last else x.clone())
+                if is_last:
                     raise _AllCaptured
                 return x
 
             return hook
 
         hooks = [(site, keep(name)) for name, site in sites.items()]
-        with torch.no_grad(), _hooked(hooks), suppress(_AllCaptured):
+        with torch.no_grad(), self._hooked(hooks), suppress(_AllCaptured):
             self._forward(token_ids, mask)
         if missed := [name for name in sites if name not in acts]:
             raise HookpointError(
@@ -156,7 +179,7 @@ class LanguageModel:
         The hooks are removed when the context closes, however it closes. Contexts nest; the inner
         one sees what the outer one made.
         """
-        with _hooked([(self.site(name), fn) for name, fn in edits.items()]):
+        with self._hooked([(self.site(name), fn) for name, fn in edits.items()]):
             yield
 
     @torch.no_grad()
@@ -177,13 +200,17 @@ class LanguageModel:
         """The prompt and its continuation.
 
         temperature: 0 takes the most likely token each time (greedy); above 0 samples, and the
-            same seed gives the same text.
+            same seed gives the same text. The model's own defaults (a penalty on repetition, a
+            cut at the most likely tokens) are off.
+        Raises: ModelError as `token_batch` does, or for a negative temperature.
         """
+        if temperature < 0:
+            raise ModelError(f"temperature={temperature}: expected 0 (greedy) or more")
         token_ids, mask = self.token_batch(prompt)
-        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
+        sampling = _PLAIN_DECODING | {"do_sample": temperature > 0}
         if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        with torch.random.fork_rng(devices=[]):
+            sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             out = self.model.generate(
                 input_ids=token_ids,
@@ -208,20 +235,22 @@ class LanguageModel:
 
         Texts are tokenized as the tokenizer does by default (with BOS where it adds one) and
         padded on the right, where a causal model can't see it.
-        Raises: ModelError for an empty text or ids outside the vocabulary.
+        Raises: ModelError for an empty text, ids outside the vocabulary, or more tokens than the
+            model has positions for.
         """
-        if isinstance(inputs, Tensor):
-            rows = [row.tolist() for row in inputs.reshape(-1, inputs.shape[-1])]
-        else:
-            rows = self.tokenizer([inputs] if isinstance(inputs, str) else list(inputs)).input_ids
-        if not rows or not all(rows):
+        ids, mask = self._padded(inputs)
+        if ids.numel() == 0:
             raise ModelError("the text is empty: give at least one token")
-        n = max(map(len, rows))
-        ids = torch.tensor([row + [self._pad_id()] * (n - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (n - len(row)) for row in rows])
-        if int(ids.max()) >= self.vocab_size or int(ids.min()) < 0:
+        bad = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if len(bad):
             raise ModelError(
-                f"token id {int(ids.max())} is outside of the vocabulary of {self.vocab_size}"
+                f"token id {int(bad[0])} is outside of the vocabulary of {self.vocab_size}: "
+                "these tokens come from another tokenizer"
+            )
+        if self.max_ctx_len and ids.shape[1] > self.max_ctx_len:
+            raise ModelError(
+                f"{ids.shape[1]} tokens are more than {self.name} has positions for "
+                f"({self.max_ctx_len}): shorten the text"
             )
         return ids.to(self.device), mask.to(self.device)
 
@@ -250,9 +279,47 @@ class LanguageModel:
         extra = {} if bool(mask.all()) else {"attention_mask": mask}
         return self.model(input_ids=token_ids, use_cache=False, **extra)
 
-    def _run_once(self, ids: Tensor) -> None:
-        with torch.no_grad():
-            self._forward(ids.to(self.device), torch.ones_like(ids))
+    def _run_probe(self, ids: Tensor) -> None:
+        """A pass for the resolver: active edits let it through untouched and don't see it."""
+        self._is_probing = True
+        try:
+            with torch.no_grad():
+                self._forward(ids.to(self.device), torch.ones_like(ids))
+        finally:
+            self._is_probing = False
+
+    def _hooked(self, hooks: Sequence[tuple[Site, Edit]]) -> AbstractContextManager[None]:
+        """Hooks whose functions always see [batch, seq, width]: OPT flattens the first two."""
+
+        def note_shape(ids: Tensor) -> Tensor:
+            self._seq_shape = ids.shape
+            return ids
+
+        def shaped(fn: Edit) -> Edit:
+            def hook(x: Tensor) -> Tensor:
+                if self._is_probing:
+                    return x
+                if x.dim() == 2 and len(x) == self._seq_shape.numel():
+                    return fn(x.view(*self._seq_shape, -1)).reshape(x.shape)
+                return fn(x)
+
+            return hook
+
+        embedding = Site(self.model.get_input_embeddings(), on_input=True)
+        return hooked([(embedding, note_shape), *((site, shaped(fn)) for site, fn in hooks)])
+
+    def _padded(self, inputs: str | Sequence[str] | Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(inputs, Tensor):
+            ids = inputs.long()[None] if inputs.dim() == 1 else inputs.long()
+            return ids, torch.ones_like(ids)
+        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        rows = self.tokenizer(texts, verbose=False).input_ids if texts else []
+        if not all(rows):
+            return torch.empty(0, 0), torch.empty(0, 0)
+        n = max(map(len, rows), default=0)
+        ids = torch.tensor([row + [self._pad_id()] * (n - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (n - len(row)) for row in rows])
+        return ids, mask
 
     def _pad_id(self) -> int:
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
@@ -268,42 +335,6 @@ class LanguageModel:
         if piece.startswith("▁") and not text.startswith(" "):
             return " " + text
         return text
-
-
-def _hook_function(site: Site, fn: Edit) -> Callable[..., Any]:
-    """`fn` as a forward hook of the site's module: replaces the first tensor, keeps the rest."""
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x = first_tensor(args)
-        if x is not None:
-            return tuple(fn(a) if a is x else a for a in args), kwargs
-        x = first_tensor(kwargs)
-        return args, {k: fn(v) if v is x and v is not None else v for k, v in kwargs.items()}
-
-    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return fn(output)
-        x = first_tensor(output)
-        return type(output)(fn(v) if v is x and v is not None else v for v in output)
-
-    return before if site.on_input else after
-
-
-@contextmanager
-def _hooked(hooks: Sequence[tuple[Site, Edit]]) -> Iterator[None]:
-    """Sets the hooks while the context is open; the only place that registers working hooks."""
-    handles = []
-    try:
-        for site, fn in hooks:
-            function = _hook_function(site, fn)
-            if site.on_input:
-                handles.append(site.module.register_forward_pre_hook(function, with_kwargs=True))
-            else:
-                handles.append(site.module.register_forward_hook(function))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _norm_scale(norm: nn.Module) -> Tensor | None:

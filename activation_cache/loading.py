@@ -20,17 +20,33 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 from huggingface_hub import constants
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 from .errors import ModelError
+from .hub import hub_answers
 
 log = logging.getLogger(__name__)
 
 DEMO = "demo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
+_WEIGHT_FILES = ("*.safetensors", "*.bin")
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    NotImplementedError,
+    SafetensorError,
+    StrictDataclassError,
+)
+"""What transformers raises for files that are missing, torn, or not what they claim to be."""
 
 
 class LoadedModel(NamedTuple):
@@ -48,17 +64,20 @@ def load_model(
     to_device, torch_dtype = resolve_device(device), resolve_dtype(dtype, device)
     folder, weights_hash = _local_source(name)
     source = str(folder) if folder else name
-    kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if folder and revision:
+        raise ModelError(f"revision={revision!r} is for models on the hub, and {name!r} is a file")
+    kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     if not folder:
-        kwargs["revision"] = revision
+        kwargs |= {"revision": revision, "local_files_only": not hub_answers()}
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **kwargs)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            model = model.to(to_device)
+    except _LOADING_ERRORS as error:
         raise ModelError(_cannot_load(name, folder, error)) from error
     commit = getattr(model.config, "_commit_hash", None)
-    return LoadedModel(model.to(to_device), tokenizer, weights_hash or commit or "unknown")
+    return LoadedModel(model, tokenizer, weights_hash or commit or model_revision(model))
 
 
 def resolve_device(device: str) -> torch.device:
@@ -71,8 +90,13 @@ def resolve_device(device: str) -> torch.device:
         raise ModelError(
             f"unknown device {device!r}: expected auto, cpu, cuda, cuda:N or mps"
         ) from error
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device {device!r}: no CUDA device here; use cpu or auto")
+    n_cuda = torch.cuda.device_count()
+    if resolved.type == "cuda" and (resolved.index or 0) >= n_cuda:
+        raise ModelError(
+            f"device {device!r}: there are {n_cuda} CUDA devices here; use cpu or auto"
+        )
+    if resolved.type == "mps" and not torch.backends.mps.is_available():
+        raise ModelError(f"device {device!r}: no MPS device here; use cpu or auto")
     return resolved
 
 
@@ -133,7 +157,7 @@ def _local_source(name: str) -> tuple[Path | None, str | None]:
         raise ModelError(
             f"folder {name!r} holds no model: expected config.json and *.safetensors in it"
         )
-    return path, hash_files(files)
+    return path, hash_files([path / "config.json", *files])  # the numbers depend on both
 
 
 def _unpacked_gguf(file: Path) -> tuple[Path, str]:
@@ -143,8 +167,11 @@ def _unpacked_gguf(file: Path) -> tuple[Path, str]:
     folder = home / f"{file.stem}-{revision.removeprefix('xxh3:')[:16]}"
     if not (folder / "config.json").is_file():
         log.info("unpacking %s into %s (once)", file.name, folder)
-        home.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".unpack-", dir=home))
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(prefix=".unpack-", dir=home))
+        except OSError as error:
+            raise ModelError(f"can't unpack {file.name} in {home}: {error.strerror}") from error
         try:
             _unpack_gguf(file, scratch)
             if not folder.exists():
@@ -171,7 +198,7 @@ def _unpack_gguf(file: Path, folder: Path) -> None:
         raise ModelError(
             f"reading {file.name} needs two more packages: pip install 'saebase[gguf]' ({error})"
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+    except _LOADING_ERRORS as error:
         raise ModelError(f"can't read the GGUF file {str(file)!r}: {_first_line(error)}") from error
 
 
