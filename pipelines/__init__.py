@@ -1,0 +1,1 @@
+"""Composition: stages, configuration, the command line, trackers. Nobody imports this package."""

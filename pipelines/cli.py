@@ -51,7 +51,7 @@ def _launch(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; ends the process with 0, 2 (the user's mistake) or 130 (interrupted)."""
+    """Run the command line and end the process: 0, 2 (a user's mistake) or 130 (interrupted)."""
     sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
 
 
@@ -65,7 +65,13 @@ def run(arguments: Sequence[str]) -> int:
     except (*USER_ERRORS, CycloptsError) as error:
         if "--debug" in tokens:
             error_console.print_exception()
-        error_console.print(f"saebase: {_message(error)}", style="red", highlight=False, markup=False, soft_wrap=True)
+        error_console.print(
+            f"saebase: {_message(error)}",
+            style="red",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         error_console.print("saebase: interrupted; the same command goes on from here")
@@ -91,8 +97,15 @@ def _message(error: Exception) -> str:
         names = [name for argument in error.argument_collection for name in argument.names]
         known = [name.removeprefix("--").replace("-", "_") for name in names]
         return f"{error.token.source}: {unknown_key(key, known)}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 2 and "validation error" in lines[0]:  # pydantic's, in several lines
-        value = lines[2].partition("input_value=")[2].partition(", input_type")[0]
-        return f"--{lines[1].replace('_', '-')} {value}: {lines[2].partition(' [type=')[0].lower()}"
-    return " ".join(lines)
+    text = " ".join(str(error).split())
+    if "validation error" in text:  # pydantic's, in several lines
+        ours = text.partition("Value error, ")[2].partition(" [type=")[0]
+        return ours or _flag_error(text)
+    return text
+
+
+def _flag_error(text: str) -> str:
+    """`1 validation error for X ctx_len Input should be ... [type=..., input_value='-1', ...`"""
+    field, _, rest = text.partition(" validation error for ")[2].partition(" ")[2].partition(" ")
+    value = rest.partition("input_value=")[2].partition(", input_type")[0]
+    return f"--{field.replace('_', '-')} {value}: {rest.partition(' [type=')[0].lower()}"

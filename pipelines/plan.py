@@ -13,12 +13,10 @@ from typing import NamedTuple
 import psutil
 import torch
 from rich.table import Table
-from torch import nn
-from transformers import AutoModelForCausalLM
 
-from activation_cache.hookpoints import decoder_layers
-from activation_cache.loading import model_config, resolve_device, resolve_dtype
+from activation_cache.loading import resolve_device, resolve_dtype
 from activation_cache.shards import STORAGE_DTYPES
+from activation_cache.skeleton import ModelShape, model_shape
 from sae import TrainConfig
 
 from .config import PipelineConfig
@@ -92,27 +90,19 @@ class Plan(NamedTuple):
         return table
 
 
-class _ModelSize(NamedTuple):
-    n_params: int
-    n_layers: int
-    params_per_layer: int
-    d_model: int
-    vocab_size: int
-
-
 def make_plan(config: PipelineConfig) -> Plan:
     """Estimate a run. Raises: ModelError if the model's configuration can't be had."""
-    size_of = _model_size(config.model)
+    shape = model_shape(config.model)
     dtype = resolve_dtype(config.dtype, config.device)
     device = resolve_device(config.device)
     model_speed = measured_flops(device, dtype) * EFFICIENCY.get(device.type, 0.4)
     sae_speed = measured_flops(device, torch.float32) * EFFICIENCY.get(device.type, 0.4)
-    model_bytes = size_of.n_params * dtype.itemsize
-    stages = [_harvest_plan(config, size_of, model_bytes, model_speed)]
+    model_bytes = shape.n_params * dtype.itemsize
+    stages = [_harvest_plan(config, shape, model_bytes, model_speed)]
     for _ in config.hookpoints:
-        stages.append(_train_plan(config, size_of.d_model, sae_speed))
-        stages.append(_evaluate_plan(config, size_of, model_bytes, model_speed))
-    stages.append(_index_plan(config, size_of, model_bytes, sae_speed))
+        stages.append(_train_plan(config, shape.d_model, sae_speed))
+        stages.append(_evaluate_plan(config, shape, model_bytes, model_speed))
+    stages.append(_index_plan(config, shape, model_bytes, sae_speed))
     home = next(p for p in (config.out, *config.out.resolve().parents) if p.exists())
     return Plan(stages, shutil.disk_usage(home).free, float(psutil.virtual_memory().available))
 
@@ -149,22 +139,6 @@ def span(seconds: float) -> str:
     return f"{seconds / 3600:,.1f} h"
 
 
-def _model_size(name: str) -> _ModelSize:
-    """Sizes of a model, from a skeleton of it that has no memory."""
-    settings = model_config(name)
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(settings)
-    layers = decoder_layers(model)
-    text = settings.get_text_config()
-    return _ModelSize(
-        sum(p.numel() for p in model.parameters()),
-        len(layers),
-        sum(p.numel() for p in layers.parameters()) // len(layers),
-        int(text.hidden_size),
-        int(text.vocab_size),
-    )
-
-
 def _layers_run(hookpoints: list[str], n_layers: int) -> int:
     """Layers that a forward pass goes through before it stops."""
     numbers = [h.split(".")[1] for h in hookpoints if h.startswith("layers.")]
@@ -174,7 +148,7 @@ def _layers_run(hookpoints: list[str], n_layers: int) -> int:
 
 
 def _harvest_plan(
-    config: PipelineConfig, model: _ModelSize, model_bytes: int, flops: float
+    config: PipelineConfig, model: ModelShape, model_bytes: int, flops: float
 ) -> StagePlan:
     n_tokens = config.harvest.n_tokens
     itemsize = STORAGE_DTYPES[config.harvest.storage_dtype].itemsize
@@ -215,7 +189,7 @@ def _trained_tokens(config: TrainConfig, n_cached: int) -> int:
 
 
 def _evaluate_plan(
-    config: PipelineConfig, model: _ModelSize, model_bytes: int, flops: float
+    config: PipelineConfig, model: ModelShape, model_bytes: int, flops: float
 ) -> StagePlan:
     n_tokens = config.evaluate.n_lm_tokens
     per_token = FORWARDS_IN_EVALUATION * 2 * model.n_params
@@ -224,7 +198,7 @@ def _evaluate_plan(
 
 
 def _index_plan(
-    config: PipelineConfig, model: _ModelSize, model_bytes: int, flops: float
+    config: PipelineConfig, model: ModelShape, model_bytes: int, flops: float
 ) -> StagePlan:
     n_tokens, n_saes, d_sae = config.harvest.n_tokens, len(config.hookpoints), config.sae.d_sae
     encoding = n_tokens * 2 * d_sae * model.d_model

@@ -21,6 +21,7 @@ from activation_cache import (
 )
 from feature_db import FeatureDB, IndexConfig, IndexProgress, build_index
 from sae import SAE, EvalConfig, Metrics, Report, SAEConfig, TrainConfig, evaluate, train
+from sae.storage import read_description
 
 from .config import PipelineConfig
 from .errors import PipelineError
@@ -63,9 +64,7 @@ def model_loader(name: str, device: str, dtype: str, console: Console) -> LoadMo
     return load
 
 
-def model_of_cache(
-    acts: ActivationCache, device: str, dtype: str, console: Console
-) -> LoadModel:
+def model_of_cache(acts: ActivationCache, device: str, dtype: str, console: Console) -> LoadModel:
     """A loader of the model that a cache was made with; dtype "auto" is the one it ran in."""
     made_with = acts.manifest.fingerprint
     dtype = made_with.model_dtype if dtype == "auto" else dtype
@@ -145,7 +144,7 @@ def evaluate_stage(
     sae = SAE.load(folder)
     made_from = {
         "cache_fingerprint": acts.fingerprint_hash,
-        "weights": sae.weights_hash,
+        "weights_sha256": read_description(folder)["weights_sha256"],
         "with_model": load_lm is not None,
         "config": config.model_dump(mode="json"),
     }

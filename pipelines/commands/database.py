@@ -1,6 +1,5 @@
 """Verbs that ask a feature database: query, search, show, active."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
@@ -73,4 +72,3 @@ def active(
         lm = model_of(loaded, device, dtype)
         found = features.active(lm, loaded, text, n=n)
     console.print(found)
-

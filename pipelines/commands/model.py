@@ -3,13 +3,12 @@
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.table import Table
-from rich.text import Text
 
-from interp import Ablate, Add, Clamp, Operation, SteeringOutcome, compare
+from interp import Ablate, Add, Clamp, Operation, compare
 from sae import SAE
 
 from ..cli import app, console
+from ..console_tables import outcome_table
 from ..errors import PipelineError
 from ..stages import model_of
 from .arguments import Device, Dtype, Sae
@@ -57,20 +56,11 @@ def steer(
     console.print(outcome_table(outcome))
 
 
-def outcome_table(outcome: SteeringOutcome) -> Table:
-    """Unsteered and steered side by side, with what steering cost."""
-    table = Table(show_lines=False, expand=True)
-    table.add_column(f"unsteered  (perplexity {outcome.baseline_perplexity:.1f})", ratio=1)
-    table.add_column(
-        f"steered  (perplexity {outcome.steered_perplexity:.1f}, KL {outcome.kl:.2f})", ratio=1
-    )
-    table.add_row(Text(outcome.baseline), Text(outcome.steered))
-    return table
-
-
 def _dose(text: str) -> tuple[int, float]:
     feature, _, strength = text.partition(":")
     try:
         return int(feature), float(strength)
     except ValueError as error:
-        raise PipelineError(f"dose {text!r}: expected FEATURE:STRENGTH, such as 4021:2.5") from error
+        raise PipelineError(
+            f"dose {text!r}: expected FEATURE:STRENGTH, such as 4021:2.5"
+        ) from error

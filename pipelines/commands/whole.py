@@ -52,7 +52,9 @@ def plan(config: ConfigFile, *, out: Out = None) -> None:
 
 
 @app.command
-def doctor(*, folder: Annotated[Path, Parameter(help="Where artifacts would go.")] = Path()) -> None:
+def doctor(
+    *, folder: Annotated[Path, Parameter(help="Where artifacts would go.")] = Path()
+) -> None:
     """Check this machine and environment."""
     checks = examine(folder)
     console.print(checks_table(checks))
