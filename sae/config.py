@@ -125,7 +125,9 @@ class EvalConfig(Config):
         default=262_144, gt=0, description="Held-out rows, at most. None: all."
     )
     batch_size: int = Field(default=4096, gt=0, description="Rows encoded at a time.")
-    split: Split = Field(default="heldout", description="Split that rows and tokens are taken from.")
+    split: Split = Field(
+        default="heldout", description="Split that rows and tokens are taken from."
+    )
     n_lm_tokens: int = Field(
         default=8192,
         gt=0,

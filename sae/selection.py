@@ -21,7 +21,9 @@ TILE_ROWS = 512
 TILE_BYTES = 64 * 2**20
 # Candidates of a choice over the batch start at this fraction of the expected threshold: low
 # enough that a step's drift doesn't pass it, high enough that few candidates are superfluous.
-CANDIDATE_MARGIN = 0.9
+CANDIDATE_MARGIN = 0.95
+# Scores that are compared by their maximum alone first: see largest_of_rows.
+GROUP_SIZE = 8
 
 
 class PreActs(NamedTuple):
@@ -60,7 +62,7 @@ def top_k_of_rows(pre_acts: PreActs, k: int) -> Codes:
 def above_threshold(pre_acts: PreActs, threshold: Tensor) -> Codes:
     """All pre-activations above a threshold >= 0: a scalar or [d_sae]."""
     flat, acts = _candidates(pre_acts, threshold)
-    return _codes_of_flat(flat, acts, pre_acts)
+    return codes_of_flat(flat, acts, pre_acts)
 
 
 def top_of_batch(pre_acts: PreActs, n_keep: int, expected: float) -> BatchChoice:
@@ -74,23 +76,55 @@ def top_of_batch(pre_acts: PreActs, n_keep: int, expected: float) -> BatchChoice
         if len(acts) >= n_keep:
             break
     if len(acts) > n_keep:
-        flat, acts = _keep_largest(flat, acts, n_keep)
+        flat, acts = keep_largest(flat, acts, n_keep)
     smallest = acts.min() if len(acts) else acts.new_zeros(())
-    return BatchChoice(_codes_of_flat(flat, acts, pre_acts), smallest)
+    return BatchChoice(codes_of_flat(flat, acts, pre_acts), smallest)
+
+
+def largest_of_rows(scores: Tensor, k: int) -> Tensor:
+    """Ids of the k largest of each row, unordered: [batch, n] -> [batch, k] int64.
+
+    Of groups of columns, only the k with the largest maxima can hold them, so a row is narrowed
+    down by that first: torch.topk costs much more a column. Which of several equal scores at the
+    boundary are taken is open; the values taken are always the k largest.
+    """
+    n = scores.shape[1]
+    n_groups = n // GROUP_SIZE
+    if n % GROUP_SIZE or n_groups < 2 * k:
+        return scores.topk(k, dim=1, sorted=False).indices
+    best = largest_of_rows(scores.view(-1, GROUP_SIZE, n_groups).amax(1), k)
+    starts = torch.arange(0, n, n_groups, device=scores.device)
+    ids = (best.unsqueeze(1) + starts.unsqueeze(1)).flatten(1)  # [batch, GROUP_SIZE * k]
+    places = scores.gather(1, ids).topk(k, dim=1, sorted=False).indices
+    return ids.gather(1, places)
+
+
+def top_k_ids(scores: Tensor, k: int) -> Tensor:
+    """Ids of the k largest of each row, ascending; of equal scores, the first: [batch, k]."""
+    d_sae = scores.shape[1]
+    if k == d_sae:
+        return torch.arange(k, device=scores.device).expand(len(scores), k)
+    ids = largest_of_rows(scores, k + 1)
+    values = scores.gather(1, ids)
+    last, place = values.min(dim=1, keepdim=True)
+    is_tied = ((values == last).sum(1) > 1) & (last.squeeze(1) > 0)
+    # The (k + 1)th goes: sorted behind all others, and cut off.
+    ids = ids.scatter(1, place, d_sae).sort(dim=1).values[:, :k]
+    if is_tied.any():
+        ordered = scores[is_tied].sort(dim=1, descending=True, stable=True).indices
+        ids[is_tied] = ordered[:, :k].sort(dim=1).values
+    return ids
+
+
+def codes_of_rows(ids: Tensor, scores: Tensor) -> Codes:
+    """Codes of the positive ones among scores [batch, k] of features ids [batch, k], ascending."""
+    is_active = scores > 0
+    return Codes(scores[is_active], ids[is_active], offsets_of_counts(is_active.sum(1)))
 
 
 def _top_k_of_tile(scores: Tensor, k: int) -> Codes:
-    d_sae = scores.shape[1]
-    values, ids = scores.topk(min(k + 1, d_sae), dim=1)
-    if k < d_sae:
-        is_tied = (values[:, k] == values[:, k - 1]) & (values[:, k] > 0)
-        values, ids = values[:, :k], ids[:, :k]
-        if is_tied.any():
-            ids[is_tied] = scores[is_tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
-    ids = ids.sort(dim=1).values
-    acts = scores.gather(1, ids)
-    is_active = acts > 0
-    return Codes(acts[is_active], ids[is_active], offsets_of_counts(is_active.sum(1)))
+    ids = top_k_ids(scores, k)
+    return codes_of_rows(ids, scores.gather(1, ids))
 
 
 def _candidates(pre_acts: PreActs, lower: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -128,7 +162,7 @@ def _guess_smallest(pre_acts: PreActs, n_keep: int) -> float:
     return 0.0
 
 
-def _keep_largest(flat: Tensor, acts: Tensor, n_keep: int) -> tuple[Tensor, Tensor]:
+def keep_largest(flat: Tensor, acts: Tensor, n_keep: int) -> tuple[Tensor, Tensor]:
     """The n_keep largest acts, in the order given; of equal acts, the first."""
     smallest = acts.kthvalue(len(acts) - n_keep + 1).values
     is_kept = acts > smallest
@@ -137,7 +171,8 @@ def _keep_largest(flat: Tensor, acts: Tensor, n_keep: int) -> tuple[Tensor, Tens
     return flat[is_kept], acts[is_kept]
 
 
-def _codes_of_flat(flat: Tensor, acts: Tensor, pre_acts: PreActs) -> Codes:
+def codes_of_flat(flat: Tensor, acts: Tensor, pre_acts: PreActs) -> Codes:
+    """Codes of acts [nnz] at ascending positions flat = row * d_sae + feature_id."""
     rows = flat // len(pre_acts.b)
     offsets = offsets_of_sorted(rows, n_bags=len(pre_acts.x))
     return Codes(acts, flat - rows * len(pre_acts.b), offsets)
