@@ -3,7 +3,8 @@
 `LanguageModel` opens a model, `harvest` stores its activations, `ActivationCache` reads them back.
 """
 
-from .cache import ActivationCache, CachedDocument, Chunk, TokenBlock
+from .cache import ActivationCache
+from .chunks import CachedDocument, Chunk, TokenBlock
 from .documents import Corpus, Document, open_corpus
 from .errors import (
     ActivationCacheError,

@@ -1,10 +1,8 @@
 """A finished cache, read back: shuffled for training, in order for the index.
 
 In: a folder that `harvest` made. Out: `ActivationCache`. Every block of 1,024 rows is verified
-against its checksum as it is loaded. Shuffling takes bounded memory: a seeded permutation of the
-blocks, windows of as many blocks as the memory allows, and a permutation of the rows inside a
-window. The order depends on the seed alone, and any batch of any epoch can be reached without
-reading the ones before it.
+against its checksum as it is loaded. `shuffle` mixes them in bounded memory, `split` says which
+documents are held out.
 """
 
 import itertools
@@ -12,13 +10,14 @@ import math
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .chunks import CachedDocument, Chunk, TokenBlock, runs_of_blocks
 from .errors import CacheCorrupt, CacheError
 from .manifest import (
     BLOCK_ROWS,
@@ -29,55 +28,22 @@ from .manifest import (
     shard_file,
 )
 from .packing import BOS_POSITION
-from .shards import TOKENS, TensorFile
+from .shards import STORAGE_DTYPES, TOKENS, TensorFile
+from .shuffle import Blocks, shuffled_batches
+from .split import is_held_out
 
 Split = Literal["train", "heldout", "all"]
 _MEDIAN_ROWS = 1 << 20
-_SPLIT_SEED = 0x5AEBA5E
-
-
-class TokenBlock(NamedTuple):
-    """One packed block: token_ids int64 [seq], in_split bool [seq], first_row: its place."""
-
-    token_ids: Tensor
-    in_split: Tensor
-    first_row: int
-
-
-class Chunk(NamedTuple):
-    """Consecutive whole blocks of a cache, in order.
-
-    acts: float32 [rows, width]. token_ids, doc_ids: int64 [rows]. positions: int32 [rows], place in
-    the document, -1 for BOS. block_offsets: int64 [n_blocks + 1], first row of each block within
-    the chunk. is_massive: bool [rows], rows that training and FVU leave out. first_row: place of
-    the chunk in the cache.
-    """
-
-    acts: Tensor
-    token_ids: Tensor
-    doc_ids: Tensor
-    positions: Tensor
-    block_offsets: Tensor
-    is_massive: Tensor
-    first_row: int
-
-
-class CachedDocument(NamedTuple):
-    """A document as far as it is cached: number, source, token ids (separator included)."""
-
-    doc_id: int
-    source: str
-    token_ids: list[int]
 
 
 class ActivationCache:
     """A folder of activations. Make one with `harvest`, open it with `ActivationCache.open`.
 
     massive_norm: rows whose L2 norm is above this many times the median are left out of batches
-        and marked in chunks; None keeps all.
+        and marked in chunks, as are rows with a norm that is no number; None keeps the massive.
     heldout_fraction: share of the documents that training never sees, chosen by a hash of the
         document's number, so that a document stays on its side however the cache grows.
-    window_bytes: memory for shuffling.
+    window_bytes: memory for shuffling; the order of the rows depends on it.
     """
 
     def __init__(
@@ -94,9 +60,11 @@ class ActivationCache:
         self._massive_norm, self._heldout_fraction = massive_norm, heldout_fraction
         self._window_bytes = window_bytes
         self._first_rows = np.cumsum([0, *(record.n_rows for record in records)])
-        self._file = lru_cache(maxsize=None)(self._open_file)
+        self._file = lru_cache(maxsize=1024)(self._open_file)
         self._tokens_of = lru_cache(maxsize=8)(self._load_tokens)
+        self._kept_bits = lru_cache(maxsize=None)(self._pack_kept)
         self._kept_counts_of = lru_cache(maxsize=None)(self._count_kept)
+        self._max_norm_of = lru_cache(maxsize=None)(self.max_norm)
 
     @classmethod
     def open(
@@ -110,7 +78,7 @@ class ActivationCache:
         """Open a cache for reading. Raises: CacheError, CacheCorrupt."""
         path = Path(folder)
         manifest = Manifest.read(path)
-        records = read_records(path)
+        records = read_records(path, manifest)
         if not records:
             raise CacheError(f"{path} holds no finished shard yet: run its harvest again")
         if not 0 <= heldout_fraction < 1:
@@ -210,7 +178,7 @@ class ActivationCache:
             norms.append(self._file(record.shard, hookpoint).small()["norms"])
             if sum(map(len, norms)) >= _MEDIAN_ROWS:
                 break
-        return float(torch.cat(norms)[:_MEDIAN_ROWS].median())
+        return float(torch.cat(norms)[:_MEDIAN_ROWS].nanmedian())
 
     def n_rows(self, hookpoint: str, *, split: Split = "train") -> int:
         """Rows that `batches` yields in one epoch."""
@@ -221,7 +189,7 @@ class ActivationCache:
         limit, n = self.max_norm(hookpoint), 0
         for record in self._records:
             norms = self._file(record.shard, hookpoint).small()["norms"]
-            n += int(((norms > limit) & self._in_split(record.shard, split)).sum())
+            n += int((~(norms <= limit) & self._in_split(record.shard, split)).sum())
         return n
 
     # -- shuffled batches ------------------------------------------------------------------------
@@ -243,76 +211,47 @@ class ActivationCache:
         epochs: passes over the rows, None for no end. Batches run on across epochs; the very last
             one may be shorter, and no row is dropped.
         start_batch: where to begin, reached without reading what lies before.
-        rank, world_size: of each global batch, this rank's share (rows rank::world_size).
-        Raises: CacheError (no such rows), CacheCorrupt (a block does not match its checksum).
+        rank, world_size: of each global batch, this rank's share (rows rank::world_size). All ranks
+            get equally many batches; a share of a very short last batch may have no row.
+        Raises: CacheError (no such rows, or arguments out of range); while reading, CacheCorrupt
+            (a block does not match its checksum).
         """
-        counts = self._kept_counts_of(hookpoint, split)
-        n = int(counts.sum())
-        if n == 0:
+        if batch_size < 1 or start_batch < 0 or seed < 0 or not 0 <= rank < world_size:
+            raise CacheError(
+                f"batch_size={batch_size}, start_batch={start_batch}, seed={seed}, rank={rank} of "
+                f"{world_size}: expected batch_size from 1, the others from 0, rank < world_size"
+            )
+        blocks = self._blocks(hookpoint, split)
+        if not blocks.counts.sum():
             raise CacheError(
                 f"cache {self.path} has no rows in split {split!r} at {hookpoint}: "
                 "harvest more documents, or change heldout_fraction"
             )
-        total = None if epochs is None else n * epochs
-        position, parts = start_batch * batch_size, list[Tensor]()
-        for window in self._windows(hookpoint, split, counts, seed, position, total):
-            parts.append(window)
-            rows = torch.cat(parts) if len(parts) > 1 else parts[0]
-            n_whole = len(rows) // batch_size * batch_size
-            for at in range(0, n_whole, batch_size):
-                yield rows[at + rank : at + batch_size : world_size].float()
-            parts = [rows[n_whole:].clone()]  # a view would hold the whole window in memory
-        if parts and len(parts[0]) > rank:
-            yield parts[0][rank::world_size].float()
+        shuffled = shuffled_batches(
+            blocks, batch_size, seed=seed, start_batch=start_batch, epochs=epochs
+        )
+        return (rows[rank::world_size].to(torch.float32, copy=True) for rows in shuffled)
 
-    def _windows(
-        self,
-        hookpoint: str,
-        split: Split,
-        counts: NDArray[np.int64],
-        seed: int,
-        position: int,
-        total: int | None,
-    ) -> Iterator[Tensor]:
-        """Shuffled rows window by window, from row `position` of the endless stream to `total`."""
-        n = int(counts.sum())
-        itemsize = self._file(0, hookpoint).blocks(0, 1).element_size()
-        block_bytes = BLOCK_ROWS * self.d_model(hookpoint) * itemsize
-        n_blocks = max(self._window_bytes // block_bytes, 1)
-        epoch, skip = divmod(position, n)
-        left = None if total is None else total - position
-        while left is None or left > 0:
-            order = np.random.default_rng([seed, epoch]).permutation(len(counts))
-            for number, at in enumerate(range(0, len(order), n_blocks)):
-                chosen = order[at : at + n_blocks]
-                n_kept = int(counts[chosen].sum())
-                if skip >= n_kept:
-                    skip -= n_kept
-                    continue
-                rows = self._load_window(hookpoint, split, chosen)
-                inside = np.random.default_rng([seed, epoch, number]).permutation(n_kept)
-                rows = rows[torch.from_numpy(inside[skip:])]
-                yield rows if left is None else rows[:left]
-                skip, left = 0, None if left is None else left - len(rows)
-            epoch += 1
+    def _blocks(self, hookpoint: str, split: Split) -> Blocks:
+        """The kept rows of `split`, block by block."""
+        counts = self._kept_counts_of(hookpoint, split)
+        dtype = STORAGE_DTYPES[self.manifest.fingerprint.storage_dtype]
+        block_bytes = BLOCK_ROWS * self.d_model(hookpoint) * dtype.itemsize
 
-    def _load_window(self, hookpoint: str, split: Split, blocks: NDArray[np.int64]) -> Tensor:
-        parts = []
-        for shard, block in (self._place_of(int(b)) for b in blocks):
-            kept = self._kept(shard, hookpoint, split)
+        def load(number: int) -> Tensor:
+            shard = int(np.searchsorted(self._first_blocks, number, side="right")) - 1
+            block = number - int(self._first_blocks[shard])
             rows = self._file(shard, hookpoint).blocks(block, block + 1)
-            parts.append(rows[kept[block * BLOCK_ROWS : (block + 1) * BLOCK_ROWS]])
-        return torch.cat(parts)
+            bits = self._kept_bits(shard, hookpoint, split)[block * BLOCK_ROWS // 8 :]
+            kept = np.unpackbits(bits[: BLOCK_ROWS // 8], count=len(rows)).astype(bool)
+            return rows[torch.from_numpy(kept)]
+
+        return Blocks(counts, load, max(self._window_bytes // block_bytes, 1))
 
     @cached_property
     def _first_blocks(self) -> NDArray[np.int64]:
         sizes = [-(-record.n_rows // BLOCK_ROWS) for record in self._records]
         return np.cumsum([0, *sizes])
-
-    def _place_of(self, block: int) -> tuple[int, int]:
-        """(shard, block within the shard) of a block of the whole cache."""
-        shard = int(np.searchsorted(self._first_blocks, block, side="right")) - 1
-        return shard, block - int(self._first_blocks[shard])
 
     def _count_kept(self, hookpoint: str, split: Split) -> NDArray[np.int64]:
         """Rows that are kept in each block of the cache."""
@@ -324,44 +263,34 @@ class ActivationCache:
             counts.append(np.add.reduceat(kept.astype(np.int64), starts))
         return np.concatenate(counts)
 
-    @cached_property
-    def _limits(self) -> dict[str, float]:
-        return {hookpoint: self.max_norm(hookpoint) for hookpoint in self.hookpoints}
+    def _pack_kept(self, shard: int, hookpoint: str, split: Split) -> NDArray[np.uint8]:
+        """`_kept` at a bit a row, so that it stays in memory for a cache of any size."""
+        return np.packbits(self._kept(shard, hookpoint, split).numpy())
 
     def _kept(self, shard: int, hookpoint: str, split: Split) -> Tensor:
-        return ~self._left_out(shard, hookpoint) & self._in_split(shard, split)
-
-    def _left_out(self, shard: int, hookpoint: str) -> Tensor:
-        """bool [rows]: of massive norm, or a first position that is not to be kept."""
+        """bool [rows]: in `split`, not of massive norm, and no first position that is left out."""
         norms = self._file(shard, hookpoint).small()["norms"]
-        out = norms > self._limits[hookpoint]
+        kept = self._in_split(shard, split) & (norms <= self._max_norm_of(hookpoint))
         if not self.manifest.fingerprint.keep_first_position:
-            out[self._tokens_of(shard)["block_offsets"][:-1]] = True
-        return out
+            kept[self._tokens_of(shard)["block_offsets"][:-1]] = False
+        return kept
 
     # -- split by document -----------------------------------------------------------------------
 
     def _in_split(self, shard: int, split: Split) -> Tensor:
+        if split not in ("train", "heldout", "all"):
+            raise CacheError(f"unknown split {split!r}: expected train, heldout or all")
         doc_ids = self._tokens_of(shard)["doc_ids"]
         if split == "all":
             return torch.ones_like(doc_ids, dtype=torch.bool)
-        if split not in ("train", "heldout"):
-            raise CacheError(f"unknown split {split!r}: expected train, heldout or all")
-        held_out = torch.from_numpy(self._is_held_out(doc_ids.numpy()))
+        held_out = torch.from_numpy(
+            is_held_out(doc_ids.numpy(), self._heldout_fraction, self._first_documents)
+        )
         return held_out if split == "heldout" else ~held_out
 
-    def _is_held_out(self, doc_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-        if self._heldout_fraction == 0:
-            return np.zeros(len(doc_ids), dtype=bool)
-        chance = _document_chance(doc_ids)
-        held_out = np.less(chance, self._heldout_fraction)
-        return np.logical_or(held_out, doc_ids == self._always_held_out)
-
     @cached_property
-    def _always_held_out(self) -> int:
-        """The document that is nearest to being held out: it is, so that a few documents do."""
-        doc_ids = np.array(sorted(self._sources), dtype=np.int64)
-        return int(doc_ids[_document_chance(doc_ids).argmin()]) if len(doc_ids) > 1 else -1
+    def _first_documents(self) -> list[int]:
+        return sorted(self._sources)[:2]
 
     # -- in order --------------------------------------------------------------------------------
 
@@ -377,7 +306,7 @@ class ActivationCache:
             tokens = self._tokens_of(record.shard)
             left_out = ~self._kept(record.shard, hookpoint, split)
             offsets = tokens["block_offsets"]
-            for begin, end in _runs_of_blocks(offsets.numpy(), rows):
+            for begin, end in runs_of_blocks(offsets.numpy(), rows):
                 first, last = int(offsets[begin]), int(offsets[end])
                 yield Chunk(
                     acts=self._file(record.shard, hookpoint).rows(first, last).float(),
@@ -435,22 +364,3 @@ class ActivationCache:
     def _load_tokens(self, shard: int) -> dict[str, Tensor]:
         file = self._file(shard, TOKENS)
         return {"token_ids": file.rows(0, file.n_rows), **file.small()}
-
-
-def _document_chance(doc_ids: NDArray[np.int64]) -> NDArray[np.float64]:
-    """A number in [0, 1) for each document, from its number alone (splitmix64's finalizer)."""
-    x = doc_ids.astype(np.uint64) + np.uint64(_SPLIT_SEED)
-    x = (x + np.uint64(0x9E3779B97F4A7C15)) & np.uint64(0xFFFFFFFFFFFFFFFF)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (x ^ (x >> np.uint64(31))).astype(np.float64) / 2.0**64
-
-
-def _runs_of_blocks(offsets: NDArray[np.int64], rows: int) -> Iterator[tuple[int, int]]:
-    """Ranges of blocks that hold at least `rows` rows each (the last may hold fewer)."""
-    begin = 0
-    while begin < len(offsets) - 1:
-        end = int(np.searchsorted(offsets, offsets[begin] + rows, side="left"))
-        end = min(max(end, begin + 1), len(offsets) - 1)
-        yield begin, end
-        begin = end

@@ -5,6 +5,7 @@ files, a dataset on the Hugging Face hub, a `datasets` object, or any iterable o
 `Corpus`, which can be read again from any document on: that is how a harvest goes on where it was.
 """
 
+import inspect
 import itertools
 import json
 import re
@@ -18,11 +19,13 @@ import pyarrow.parquet as pq
 import xxhash
 
 from .errors import CorpusError
+from .hub import hub_answers
 from .wikipedia import demo_articles, demo_articles_file
 
 FILE_SUFFIXES = (".jsonl", ".txt", ".parquet")
 TXT_DOCUMENT_CHARS = 8_192
-"""A `.txt` file without blank-line pairs is cut at paragraphs into documents of about this size."""
+"""A document of a `.txt` file is cut at the next paragraph after so many characters, and at the
+next line after eight times as many."""
 _HASHED_BYTES = 1 << 26
 
 
@@ -61,7 +64,8 @@ def open_corpus(
     """Open a text source; nothing is read but what tells whether it can be.
 
     data: "demo", a path, a hub dataset's id, a `datasets` object, or an iterable of str or of
-        dicts with `text_column` (it must be iterable more than once for a harvest to be continued).
+        dicts with `text_column`. A harvest is continued from a list or another iterable that starts
+        anew each time; of a generator, give a fresh one that yields the same.
     split, subset, revision: of a hub dataset.
     Raises: CorpusError when it does not exist or has no such column (the message lists those
         there are).
@@ -98,72 +102,95 @@ def _from_files(name: str, files: list[Path], text_column: str) -> Corpus:
 
     def documents() -> Iterator[Document]:
         for file in files:
-            yield from readers[file.suffix](file, text_column)
+            try:
+                yield from readers[file.suffix](file, text_column)
+            except (OSError, pa.ArrowException) as error:
+                raise CorpusError(f"can't read {file}: {_first_line(error)}") from error
 
     next(documents(), None)  # a missing column or a torn first line is told now, not in an hour
     return Corpus(name, _files_revision(files), documents)
 
 
 def _read_jsonl(file: Path, text_column: str) -> Iterator[Document]:
-    with file.open(encoding="utf-8", errors="strict") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:  # not JSON, or not UTF-8
                 raise CorpusError(
-                    f"{file}:{number} is not JSON ({error.msg}): expected one object a line"
+                    f"{file}:{number} is not JSON ({error}): expected one object a line"
                 ) from error
             yield Document(_text_of(row, text_column, f"{file}:{number}"), f"{file.name}:{number}")
 
 
 def _read_parquet(file: Path, text_column: str) -> Iterator[Document]:
-    try:
-        table = pq.ParquetFile(file)
-    except pa.ArrowInvalid as error:
-        raise CorpusError(f"{file} is not a Parquet file: {error}") from error
-    columns = table.schema_arrow.names
-    if text_column not in columns:
-        raise CorpusError(_no_column(str(file), text_column, columns))
-    number = itertools.count(1)
-    for batch in table.iter_batches(batch_size=256, columns=[text_column]):
-        for text in batch.column(0).to_pylist():
-            yield Document(str(text or ""), f"{file.name}:{next(number)}")
+    with pq.ParquetFile(file) as table:
+        columns = table.schema_arrow.names
+        if text_column not in columns:
+            raise CorpusError(_no_column(str(file), text_column, columns))
+        number = itertools.count(1)
+        for batch in table.iter_batches(batch_size=256, columns=[text_column]):
+            for row in batch.to_pylist():
+                where = f"{file.name}:{next(number)}"
+                yield Document(_text_of(row, text_column, where), where)
 
 
 def _read_txt(file: Path, _: str) -> Iterator[Document]:
-    """Documents stand apart by two blank lines; a file without any is cut at paragraphs."""
-    with file.open(encoding="utf-8", errors="replace") as f:
-        paragraphs, size, number, blank = list[str](), 0, 0, 0
+    """Documents stand apart by two blank lines; very long ones are cut."""
+    with file.open(encoding="utf-8-sig", errors="replace") as f:
+        lines, size, number, blank = list[str](), 0, 0, 0
         for line in itertools.chain(f, ["\n", "\n", "\n"]):
             blank = 0 if line.strip() else blank + 1
-            too_long = blank == 1 and size >= TXT_DOCUMENT_CHARS
-            if (blank >= 2 or too_long) and size:
+            is_long = size >= TXT_DOCUMENT_CHARS * (1 if blank else 8)
+            if size and (blank >= 2 or is_long):
                 number += 1
-                yield Document("".join(paragraphs).strip("\n"), f"{file.name}:{number}")
-                paragraphs, size = [], 0
-            paragraphs.append(line)
+                yield Document("".join(lines).strip("\n"), f"{file.name}:{number}")
+                lines, size = [], 0
+            lines.append(line)
             size += len(line.strip())
 
 
 def _from_object(data: Any, text_column: str) -> Corpus:
+    if isinstance(data, Mapping):
+        raise CorpusError(
+            f"data is a {type(data).__name__} of {', '.join(map(str, data))}: give one of them"
+        )
     if not isinstance(data, Iterable):
         raise CorpusError(
             f"data is {type(data).__name__}: expected a path, a hub dataset, or texts"
         )
-    name = getattr(getattr(data, "info", None), "dataset_name", None) or type(data).__name__
+    name = str(getattr(getattr(data, "info", None), "dataset_name", None) or type(data).__name__)
+    columns = getattr(data, "column_names", None)
+    if isinstance(columns, list) and columns and text_column not in columns:
+        raise CorpusError(_no_column(name, text_column, columns))
     revision = str(getattr(data, "_fingerprint", "unknown"))
     if isinstance(data, list | tuple):
         digest = xxhash.xxh3_128()
         for item in data:
             digest.update(_text_of(item, text_column, name).encode())
         revision = f"xxh3:{digest.hexdigest()}"
-    return Corpus(str(name), revision, lambda: _rows(data, text_column, str(name)))
+    return Corpus(name, revision, lambda: _rows(data, text_column, name))
 
 
 def _rows(rows: Iterable[Any], text_column: str, name: str) -> Iterator[Document]:
-    for number, row in enumerate(rows, 1):
+    if inspect.isgenerator(rows) and inspect.getgeneratorstate(rows) != inspect.GEN_CREATED:
+        raise CorpusError(
+            "data is a generator that has been read from: its documents can't be counted from the "
+            "first one on. Give a fresh generator, or a list"
+        )
+    numbered = enumerate(rows, 1)
+    while True:
+        try:
+            number, row = next(numbered)
+        except StopIteration:
+            return
+        except OSError as error:  # the network, most likely
+            raise CorpusError(
+                f"can't read on in {name}: {_first_line(error)}. What was committed is safe: run "
+                "it again"
+            ) from error
         yield Document(_text_of(row, text_column, name), f"{name}:{number}")
 
 
@@ -173,15 +200,17 @@ def _from_hub(
     """A hub dataset or a local dataset folder, streamed by `datasets` in its own order."""
     import datasets
 
+    unknown = (
+        f"unknown data {name!r}: it is no .jsonl, .txt or .parquet file, no folder of them, "
+        "and not to be had from the Hugging Face hub ({}). Check the path or the name"
+    )
+    if not Path(name).expanduser().exists() and not hub_answers():
+        raise CorpusError(unknown.format("it can't be reached"))
     try:
         rows = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True)
         columns = rows.column_names
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else "?"
-        raise CorpusError(
-            f"unknown data {name!r}: it is no .jsonl, .txt or .parquet file, no folder of them, "
-            f"and not to be had from the Hugging Face hub ({reason}). Check the path or the name"
-        ) from error
+        raise CorpusError(unknown.format(_first_line(error))) from error
     if columns and text_column not in columns:
         raise CorpusError(_no_column(name, text_column, columns))
     resolved = _hub_revision(rows) or revision or "unknown"
@@ -198,12 +227,31 @@ def _hub_revision(rows: Any) -> str | None:
 
 def _text_of(row: Any, text_column: str, where: str) -> str:
     if isinstance(row, str):
-        return row
+        return _valid_unicode(row)
     if not isinstance(row, Mapping):
         raise CorpusError(f"{where}: expected a text or a dict, found {type(row).__name__}")
     if text_column not in row:
         raise CorpusError(_no_column(where, text_column, list(row)))
-    return str(row[text_column] or "")
+    text = row[text_column]
+    if not isinstance(text, str | None):
+        raise CorpusError(
+            f"{where}: column {text_column!r} holds {type(text).__name__}: expected text"
+        )
+    return _valid_unicode(text or "")
+
+
+def _valid_unicode(text: str) -> str:
+    """JSON may hold halves of characters, which no tokenizer takes: U+FFFD in their place."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def _no_column(where: str, text_column: str, columns: Iterable[str]) -> str:

@@ -9,17 +9,35 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from .errors import CacheBusy, CacheError, DiskFull
 
 PARTIAL_SUFFIX = ".partial"
+LOCK = ".lock"
+
+
+class DurableFile:
+    """A file that is being made; its faults are told as errors of the cache."""
+
+    def __init__(self, file: FileIO, path: Path):
+        self._file, self._path = file, path
+        self.n_bytes = 0
+
+    def write(self, data: bytes | memoryview, *, at: int | None = None) -> None:
+        """Append `data`, or set it in the place of what stands at byte `at`."""
+        start = self.n_bytes if at is None else at
+        done = 0
+        with _faults_told(self._path, len(data)):
+            while done < len(data):  # a disk that fills up takes a part
+                done += os.pwrite(self._file.fileno(), data[done:], start + done)
+        self.n_bytes = max(self.n_bytes, start + len(data))
 
 
 @contextmanager
-def written(path: Path, *, reserve_bytes: int = 0) -> Iterator[BinaryIO]:
+def written(path: Path, *, reserve_bytes: int = 0) -> Iterator[DurableFile]:
     """A binary file that appears at `path` when the context closes without an error.
 
     reserve_bytes: space that is claimed first; what is not used is given back.
@@ -27,19 +45,21 @@ def written(path: Path, *, reserve_bytes: int = 0) -> Iterator[BinaryIO]:
     """
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
-        with partial.open("wb") as file:
-            if reserve_bytes:
-                os.posix_fallocate(file.fileno(), 0, reserve_bytes)
-            yield file
-            file.truncate()
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        fsync_folder(path.parent)
-    except OSError as error:
-        raise _as_cache_error(error, path, reserve_bytes) from error
+        with _faults_told(path, reserve_bytes):
+            file = partial.open("wb", buffering=0)
+        with file:
+            with _faults_told(path, reserve_bytes):
+                _reserve(file.fileno(), reserve_bytes)
+            yield (made := DurableFile(file, path))
+            with _faults_told(path, reserve_bytes):
+                file.truncate(made.n_bytes)
+                os.fsync(file.fileno())
+        with _faults_told(path, reserve_bytes):
+            partial.replace(path)
+            fsync_folder(path.parent)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,36 +77,52 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what an interrupted writer left. Only for the holder of the lock."""
-    for partial in folder.glob(f"*{PARTIAL_SUFFIX}"):
-        partial.unlink(missing_ok=True)
-
-
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold `folder` for writing. Raises: CacheBusy that names the process which holds it."""
-    with (folder / ".lock").open("a+") as file:
+    path = folder / LOCK
+    with _faults_told(path, 0):
+        file = path.open("a+")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise CacheBusy(
                 f"{folder} is being written by {holder}: wait for it, or choose another folder"
             ) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
+        with _faults_told(path, 0):
+            if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                raise CacheBusy(f"{folder} was being written a moment ago: try again")
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {os.uname().nodename}")
+            file.flush()
         yield
 
 
-def _as_cache_error(error: OSError, path: Path, needed: int) -> CacheError:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return CacheError(f"can't write {path}: {error.strerror}")
-    stat = os.statvfs(path.parent)
-    free = stat.f_bavail * stat.f_frsize
-    return DiskFull(
-        f"disk full: {path.name} needs {needed / 1e6:,.1f} MB and {path.parent} has "
-        f"{free / 1e6:,.1f} MB free. What was committed is safe: free some space and run it again"
-    )
+def _reserve(handle: int, n_bytes: int) -> None:
+    """Claim space, where the system can."""
+    if not n_bytes or not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(handle, 0, n_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+
+
+@contextmanager
+def _faults_told(path: Path, needed: int) -> Iterator[None]:
+    """Turns a fault of the system into an error of the cache that names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise CacheError(f"can't write {path}: {error.strerror or error}") from error
+        stat = os.statvfs(path.parent)
+        free = stat.f_bavail * stat.f_frsize / 1e6
+        raise DiskFull(
+            f"disk full: no room for {path} ({needed / 1e6:,.1f} MB at once, {free:,.1f} MB free). "
+            "What was committed is safe: free some space and run it again"
+        ) from error

@@ -71,6 +71,7 @@ class Manifest(_Record):
     fingerprint: Fingerprint
     shard_rows: int
     n_tokens_wanted: int
+    n_shards: int = Field(default=0, description="Shards of the complete cache; 0 before that.")
     is_complete: bool
     is_exhausted: bool = Field(description="The text ended before the wanted tokens.")
 
@@ -85,13 +86,13 @@ class Manifest(_Record):
         version = raw.get("format_version")
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise CacheError(
-                f"{folder} has cache format {version}, this saebase reads up to {FORMAT_VERSION}: "
+                f"{path} has cache format {version}, this saebase reads up to {FORMAT_VERSION}: "
                 "upgrade saebase"
             )
         return _validated(cls, raw, path)
 
     def write(self, folder: Path) -> None:
-        write_text(folder / MANIFEST, self.model_dump_json(indent=2) + "\n")
+        _write_record(folder / MANIFEST, self)
 
 
 class FileRecord(_Record):
@@ -117,6 +118,9 @@ class ShardRecord(_Record):
     def read(cls, path: Path) -> "ShardRecord":
         return _validated(cls, read_json(path), path)
 
+    def write(self, folder: Path) -> None:
+        _write_record(record_file(folder, self.shard), self)
+
 
 def shard_file(folder: Path, shard: int, stream: str) -> Path:
     """Path of one file of a shard; `stream` is "tokens" or a hookpoint."""
@@ -128,17 +132,27 @@ def record_file(folder: Path, shard: int) -> Path:
     return folder / SHARDS / f"{shard:06d}.json"
 
 
-def read_records(folder: Path) -> list[ShardRecord]:
-    """The commit records in order. Raises: CacheCorrupt if one in the middle is missing."""
+def read_records(folder: Path, manifest: Manifest) -> list[ShardRecord]:
+    """The commit records in order. Raises: CacheCorrupt if one is missing or altered."""
     paths = sorted((folder / SHARDS).glob("[0-9]*.json"))
     records = [ShardRecord.read(path) for path in paths]
-    for expected, record in enumerate(records):
-        if record.shard != expected:
+    n_shards = max(manifest.n_shards, len(records))
+    for expected in range(n_shards):
+        if expected >= len(records) or records[expected].shard != expected:
             raise CacheCorrupt(
-                f"{folder} lacks shard {expected}: {record_file(folder, expected)} is missing. "
-                "Put it back, or harvest again"
+                f"{folder} lacks shard {expected} of {n_shards}: "
+                f"{record_file(folder, expected)} is missing. Put it back, or harvest again"
             )
     return records
+
+
+def sweep(folder: Path, records: list[ShardRecord]) -> None:
+    """Remove what an interrupted writer left. Only for the holder of the lock."""
+    known = {record_file(folder, r.shard) for r in records}
+    known |= {shard_file(folder, r.shard, stream) for r in records for stream in r.files}
+    for path in (folder / SHARDS).iterdir():
+        if path not in known:
+            path.unlink()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -152,13 +166,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
+def _write_record(path: Path, record: BaseModel) -> None:
+    """Write a record as JSON that carries a checksum of itself."""
+    raw = record.model_dump(mode="json")
+    raw["checksum"] = _checksum(raw)
+    write_text(path, json.dumps(raw, indent=1, ensure_ascii=False) + "\n")
+
+
 def _validated(kind: type[T], raw: dict[str, Any], path: Path) -> T:
+    checksum = raw.pop("checksum", None)
+    if checksum != _checksum(raw):
+        raise CacheCorrupt(
+            f"{path} is damaged: it does not match its checksum. Restore it, or harvest again"
+        )
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise CacheCorrupt(f"{path} is malformed at {place}: {first['msg'].lower()}") from error
+
+
+def _checksum(raw: dict[str, Any]) -> str:
+    return "xxh3:" + xxhash.xxh3_64_hexdigest(json.dumps(raw, sort_keys=True).encode())
 
 
 def _shown(value: Any) -> str:

@@ -1,6 +1,6 @@
 """Documents -> packed blocks of tokens, in order, with nothing lost at any border.
 
-In: documents and a tokenizer. Out: `TokenBlock`s of exactly `ctx_len` rows (the last may be
+In: documents and a tokenizer. Out: `PackedBlock`s of exactly `ctx_len` rows (the last may be
 shorter). Documents stand one after another, each closed by the separator token; a document that
 does not fit goes on in the next block. `Position` says where the next block starts, so that packing
 from there yields the very same blocks as packing from the beginning.
@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .documents import Document
-from .errors import CorpusError
 
 BOS_POSITION = -1
 """Position of a BOS row: it belongs to no place in a document."""
@@ -31,7 +30,7 @@ class Position(NamedTuple):
 START = Position()
 
 
-class TokenBlock(NamedTuple):
+class PackedBlock(NamedTuple):
     """One packed block.
 
     token_ids: int64 [rows]. doc_ids: int64 [rows], the document's number in the corpus; a BOS row
@@ -61,19 +60,14 @@ class Packing(NamedTuple):
 
 def pack(
     documents: Iterable[Document], tokenizer: Any, packing: Packing, start: Position = START
-) -> Iterator[TokenBlock]:
-    """Yield blocks. documents: those from number `start.document` on.
-
-    Raises: CorpusError if the documents hold no token at all.
-    """
+) -> Iterator[PackedBlock]:
+    """Yield blocks. documents: those from number `start.document` on."""
     room = packing.ctx_len - (packing.bos_id is not None)
     rows = _Rows([], [], [], {})
-    n_tokens = 0
     for doc_id, source, tokens in _tokenized(documents, tokenizer, packing, start.document):
         skipped = start.token if doc_id == start.document else 0
         if skipped == 0 and tokens:
             rows.sources[doc_id] = source
-        n_tokens += len(tokens)
         place = skipped
         while place < len(tokens):
             taken = tokens[place : place + room - len(rows.token_ids)]
@@ -87,8 +81,6 @@ def pack(
                 rows = _Rows([], [], [], {})
     if rows.token_ids:
         yield _block(rows, packing, Position(rows.doc_ids[-1] + 1))
-    if n_tokens == 0 and start == START:
-        raise CorpusError("the corpus is empty: no document holds a token")
 
 
 class _Rows(NamedTuple):
@@ -98,12 +90,12 @@ class _Rows(NamedTuple):
     sources: dict[int, str]
 
 
-def _block(rows: _Rows, packing: Packing, end: Position) -> TokenBlock:
+def _block(rows: _Rows, packing: Packing, end: Position) -> PackedBlock:
     ids, docs, positions = rows.token_ids, rows.doc_ids, rows.positions
     if packing.bos_id is not None:
         ids, docs = [packing.bos_id, *ids], [docs[0], *docs]
         positions = [BOS_POSITION, *positions]
-    return TokenBlock(
+    return PackedBlock(
         np.array(ids, dtype=np.int64),
         np.array(docs, dtype=np.int64),
         np.array(positions, dtype=np.int32),

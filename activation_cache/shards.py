@@ -15,7 +15,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,18 +23,16 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .durable import fsync_folder, write_text, written
+from .durable import DurableFile, written
 from .errors import CacheCorrupt
 from .manifest import (
     BLOCK_ROWS,
-    SHARDS,
     FileRecord,
     Fingerprint,
     ShardRecord,
-    record_file,
     shard_file,
 )
-from .packing import Position, TokenBlock
+from .packing import PackedBlock, Position
 
 TOKENS = "tokens"
 HEADER_BYTES = 1_024
@@ -59,7 +57,9 @@ class TensorFileWriter:
     name, row_shape, dtype: of the main tensor. Every 1,024 rows are hashed as they pass.
     """
 
-    def __init__(self, file: BinaryIO, name: str, row_shape: tuple[int, ...], dtype: torch.dtype):
+    def __init__(
+        self, file: DurableFile, name: str, row_shape: tuple[int, ...], dtype: torch.dtype
+    ):
         self._file, self._name, self._row_shape, self._dtype = file, name, row_shape, dtype
         self._hash = xxhash.xxh3_64()
         self._hashes: list[str] = []
@@ -92,12 +92,9 @@ class TensorFileWriter:
         header = json.dumps(tensors).encode().ljust(HEADER_BYTES)
         prefix = struct.pack("<Q", HEADER_BYTES) + header
         self._file.write(rest)
-        n_bytes = self._file.tell()
-        self._file.seek(0)
-        self._file.write(prefix)
-        self._file.seek(n_bytes)
+        self._file.write(prefix, at=0)
         return FileRecord(
-            n_bytes=n_bytes,
+            n_bytes=self._file.n_bytes,
             block_hashes=self._hashes,
             rest_hash=xxhash.xxh3_64_hexdigest(prefix + rest),
         )
@@ -111,7 +108,7 @@ class ShardWriter:
     """Takes token blocks with their activations, and commits them as one shard."""
 
     def __init__(
-        self, folder: Path, shard: int, fingerprint: Fingerprint, files: Mapping[str, BinaryIO]
+        self, folder: Path, shard: int, fingerprint: Fingerprint, files: Mapping[str, DurableFile]
     ):
         self._folder, self._shard = folder, shard
         self._dtype = STORAGE_DTYPES[fingerprint.storage_dtype]
@@ -121,13 +118,13 @@ class ShardWriter:
         }
         self._tokens = TensorFileWriter(files[TOKENS], "token_ids", (), torch.int32)
         self._norms: dict[str, list[Tensor]] = {h: [] for h in fingerprint.hookpoints}
-        self._blocks: list[TokenBlock] = []
+        self._blocks: list[PackedBlock] = []
 
     @property
     def n_rows(self) -> int:
         return self._tokens.n_rows
 
-    def append(self, blocks: list[TokenBlock], acts: Mapping[str, Tensor]) -> None:
+    def append(self, blocks: list[PackedBlock], acts: Mapping[str, Tensor]) -> None:
         """acts: hookpoint -> [rows of all blocks, width], any float dtype, on any device."""
         self._blocks += blocks
         ids = np.concatenate([block.token_ids for block in blocks])
@@ -166,7 +163,8 @@ class ShardWriter:
 def writing_shard(
     folder: Path, shard: int, fingerprint: Fingerprint, max_rows: int
 ) -> Iterator[ShardWriter]:
-    """A writer whose files appear together; call `commit_shard` afterwards with its record.
+    """A writer of at most `max_rows` rows, whose files appear when the context closes. The shard
+    exists once its record is written too.
 
     Raises: DiskFull before anything is written, if `max_rows` rows have no room.
     """
@@ -186,14 +184,9 @@ def writing_shard(
         yield ShardWriter(folder, shard, fingerprint, files)
 
 
-def commit_shard(folder: Path, record: ShardRecord) -> None:
-    """Write the commit record: from now on the shard exists."""
-    write_text(record_file(folder, record.shard), record.model_dump_json() + "\n")
-    fsync_folder(folder / SHARDS)
-
-
 class TensorFile:
-    """A mapped safetensors file of a shard; every block is verified as it is read."""
+    """A mapped safetensors file of a shard. Header and small tensors are verified as it is opened,
+    each block of the main tensor as it is read. Raises: CacheCorrupt that names the file."""
 
     def __init__(self, path: Path, record: FileRecord):
         self.path, self._record = path, record
@@ -205,9 +198,16 @@ class TensorFile:
         if n_bytes != record.n_bytes:
             raise CacheCorrupt(_damaged(path, f"it has {n_bytes} bytes, not {record.n_bytes}"))
         self._start = 8 + HEADER_BYTES
-        self._header = self._read_header()
-        self._main = next(iter(self._header))
-        self._main_end = self._start + self._header[self._main]["data_offsets"][1]
+        prefix = bytes(self._data[: self._start])
+        try:
+            self._header: dict[str, Any] = json.loads(prefix[8:])
+            self._main = next(iter(self._header))
+            self._main_end = self._start + int(self._header[self._main]["data_offsets"][1])
+        except (ValueError, TypeError, AttributeError, LookupError, StopIteration) as error:
+            raise CacheCorrupt(_damaged(path, "its header is malformed")) from error
+        rest = self._data[self._main_end :].tobytes()
+        if xxhash.xxh3_64_hexdigest(prefix + rest) != record.rest_hash:
+            raise CacheCorrupt(_damaged(path, "its header or end does not match its checksum"))
         self.n_rows = int(self._header[self._main]["shape"][0])
         self._row_bytes = (self._main_end - self._start) // max(self.n_rows, 1)
 
@@ -235,25 +235,20 @@ class TensorFile:
         return loaded[first - block * BLOCK_ROWS : last - block * BLOCK_ROWS]
 
     def small(self) -> dict[str, Tensor]:
-        """The small tensors, verified. Raises: CacheCorrupt."""
-        rest = np.array(self._data[self._main_end :])
-        prefix = bytes(self._data[: self._start])
-        if xxhash.xxh3_64_hexdigest(prefix + rest.tobytes()) != self._record.rest_hash:
-            raise CacheCorrupt(_damaged(self.path, "its header or end does not match its checksum"))
+        """The small tensors."""
         main_bytes = self._main_end - self._start
+        rest = np.array(self._data[self._main_end :])
         return {
             name: self._as_tensor(
-                rest[entry["data_offsets"][0] - main_bytes : entry["data_offsets"][1] - main_bytes],
-                name,
-                entry["shape"][0],
+                rest[first - main_bytes : last - main_bytes], name, entry["shape"][0]
             )
             for name, entry in self._header.items()
             if name != self._main
+            for first, last in [entry["data_offsets"]]
         }
 
     def verify(self) -> None:
         """Read everything once. Raises: CacheCorrupt."""
-        self.small()
         for block in range(len(self._record.block_hashes)):
             self.blocks(block, block + 1)
 
@@ -263,16 +258,6 @@ class TensorFile:
             _TORCH_DTYPE[entry["dtype"]]
         )
         return flat.reshape(n, *entry["shape"][1:])
-
-    def _read_header(self) -> dict[str, Any]:
-        try:
-            header = json.loads(bytes(self._data[8 : self._start]))
-            ends = [entry["data_offsets"][1] for entry in header.values()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CacheCorrupt(_damaged(self.path, "its header is malformed")) from error
-        if not ends or max(ends) + self._start != len(self._data):
-            raise CacheCorrupt(_damaged(self.path, "its header does not fit its size"))
-        return header  # type: ignore[no-any-return]
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
