@@ -22,6 +22,9 @@ from .search import search_statement
 if TYPE_CHECKING:
     from activation_cache import LanguageModel
 
+# A DuckDB file is three headers of 4 KiB, then blocks.
+_HEADER_BYTES = 3 * 4096
+
 Params = Sequence[Any] | Mapping[str, Any]
 
 
@@ -149,14 +152,12 @@ class FeatureDB:
         return active_features(tokens, codes, known, n)
 
     def _arrow(self, query: str, params: Params | None) -> pa.Table:
-        cursor = self._connection.cursor()
         try:
-            relation = cursor.sql(query, params=params)
-            return pa.table({}) if relation is None else relation.to_arrow_table()
+            with self._connection.cursor() as cursor:
+                relation = cursor.sql(query, params=params)
+                return pa.table({}) if relation is None else relation.to_arrow_table()
         except duckdb.Error as error:
             raise QueryError(self._explained(error)) from None
-        finally:
-            cursor.close()
 
     def _rows(self, query: str, params: Params | None = None) -> list[dict[str, Any]]:
         return self._arrow(query, params).to_pylist()  # type: ignore[no-any-return]
@@ -237,7 +238,11 @@ def _connected(path: Path, read_only: bool) -> duckdb.DuckDBPyConnection:
 
 
 def _version_of(connection: duckdb.DuckDBPyConnection, path: Path) -> int:
+    """The schema_version of a database that is whole. Raises: OpenError if it isn't."""
     try:
+        size = connection.execute("CALL pragma_database_size()").fetchall()[0]
+        if path.stat().st_size < _HEADER_BYTES + int(size[2]) * int(size[3]):
+            raise OpenError(f"{path} is torn: its end is missing. Build the index again")
         version = get_meta(connection, "schema_version")
     except duckdb.CatalogException:
         version = None

@@ -1,18 +1,19 @@
 """Labels without a language model, from what the index already knows. Deterministic.
 
-A label says first what a feature fires on, then, where that is plain, what it promotes:
+A label says first what a feature fires on, then, where that is plain, what it promotes. The first
+of these that holds is taken; a *family* is a word with its spaces, capitals and plural.
 
-1. One family of tokens (a word with its spaces, capitals and plural) carries at least half of the
-   feature's whole activation: its tokens, strongest first.       `" president", " presidents"`
+1. One family carries at least half of the feature's whole activation: its tokens, strongest first.
+                                                                    `" president", " presidents"`
 2. A few families carry half of it together: the best of each.            `" he", " she", " they"`
-3. Most of the strongest contexts peak on one family, though the whole is spread out:
-                                                                        `strongest on " treaty"`
-4. None of these: words that the strongest contexts share, far beyond their frequency in the text.
-                                                                `in text on court, judge, ruling`
-5. Nothing shared: the tokens of highest share and lift.                  `mixed: " of", " in"`
+3. The strongest contexts, weighted by act, mostly peak on one family:  `strongest on " treaty"`
+4. ... or mostly have one word just before their peak:                         `after " according"`
+5. Words that the strongest contexts share, rare in the text and far beyond their frequency there:
+                                                                 `in text on court, judge, ruling`
+6. None of these: the tokens of highest share and lift.             `mixed: " severe", " exact"`
 
-`→ " Obama", " Trump"` follows where the most promoted tokens are words and stand out of the
-vocabulary by more than noise does.
+`→ " Obama", " Trump"` follows where the most promoted tokens are words of the indexed text and
+stand out of the vocabulary by more than noise does.
 """
 
 import math
@@ -30,6 +31,8 @@ _MAX_PROMOTED = 3
 _PLAINLY_PROMOTED = 6.0
 _MIN_CONTEXTS = 3
 _MIN_CONTEXT_SHARE = 0.3
+# Words more frequent than this in the text (1 in 1,500) are no topic.
+_TOPIC_RATE = 1 / 1500
 
 
 class TokenUse(NamedTuple):
@@ -40,17 +43,24 @@ class TokenUse(NamedTuple):
     lift: float
 
 
+class PeakContext(NamedTuple):
+    """tokens: of the context; peak: the index of the active one; act: the feature's act there."""
+
+    tokens: Sequence[str]
+    peak: int
+    act: float
+
+
 class Evidence(NamedTuple):
     """What a label is made from.
 
     uses: the feature's tokens, the most telling first (share * log lift).
-    peaks: the active token of each of the strongest contexts. contexts: their tokens.
+    contexts: the strongest ones.
     promoted: tokens of largest logit; strength: of the first, in standard deviations.
     """
 
     uses: Sequence[TokenUse]
-    peaks: Sequence[str]
-    contexts: Sequence[Sequence[str]]
+    contexts: Sequence[PeakContext]
     promoted: Sequence[str]
     strength: float
 
@@ -63,7 +73,8 @@ def token_label(evidence: Evidence, word_rates: dict[str, float]) -> str:
     fires = (
         _one_family(evidence.uses)
         or _few_families(evidence.uses)
-        or _peak_family(evidence.peaks)
+        or _common_token(evidence.contexts, 0, "strongest on")
+        or _common_token(evidence.contexts, -1, "after")
         or _shared_words(evidence.contexts, word_rates)
         or _mixed(evidence)
     )
@@ -100,31 +111,40 @@ def _few_families(uses: Sequence[TokenUse]) -> str | None:
     return _listed([best[name].token for name, share in shares if share >= 0.05])
 
 
-def _peak_family(peaks: Sequence[str]) -> str | None:
-    if len(peaks) < _MIN_CONTEXTS:
+def _common_token(contexts: Sequence[PeakContext], step: int, relation: str) -> str | None:
+    """The family of most of the tokens `step` from the peaks, weighted by act."""
+    weights: dict[str, float] = {}
+    tokens: Counter[str] = Counter()
+    for context in contexts:
+        place = context.peak + step
+        if place >= 0:
+            name = family(context.tokens[place])
+            weights[name] = weights.get(name, 0.0) + context.act
+            tokens[context.tokens[place]] += 1
+    best = max(weights, key=lambda name: weights[name], default=None)
+    total = sum(context.act for context in contexts)
+    if best is None or len(contexts) < _MIN_CONTEXTS or weights[best] < _PEAK_MAJORITY * total:
         return None
-    best, n = Counter(map(family, peaks)).most_common(1)[0]
-    if n < _PEAK_MAJORITY * len(peaks):
-        return None
-    tokens = Counter(token for token in peaks if family(token) == best)
-    return f"strongest on {_listed([token for token, _ in tokens.most_common(2)])}"
+    members = [token for token, _ in tokens.most_common() if family(token) == best]
+    return f"{relation} {_listed(members[:2])}"
 
 
-def _shared_words(contexts: Sequence[Sequence[str]], word_rates: dict[str, float]) -> str | None:
-    n_with = Counter(word for tokens in contexts for word in set(words_of(tokens)))
-    n_tokens = sum(map(len, contexts))
+def _shared_words(contexts: Sequence[PeakContext], word_rates: dict[str, float]) -> str | None:
+    n_with = Counter(word for context in contexts for word in set(words_of(context.tokens)))
+    n_tokens = sum(len(context.tokens) for context in contexts)
     least = max(_MIN_CONTEXTS, _MIN_CONTEXT_SHARE * len(contexts))
     scores = {
         word: n * math.log(n / (word_rates.get(word, 0.0) * n_tokens + 0.1))
         for word, n in n_with.items()
-        if n >= least and n > 3 * word_rates.get(word, 0.0) * n_tokens
+        if n >= least and word_rates.get(word, 0.0) < _TOPIC_RATE
     }
     best = sorted(scores, key=lambda word: (-scores[word], word))[:3]
     return f"in text on {', '.join(best)}" if best else None
 
 
 def _mixed(evidence: Evidence) -> str:
-    tokens = [use.token for use in evidence.uses] or list(evidence.peaks)
+    tokens = [use.token for use in evidence.uses]
+    tokens = tokens or [context.tokens[context.peak] for context in evidence.contexts]
     return f"mixed: {_listed(list(dict.fromkeys(tokens))[:3])}"
 
 

@@ -17,7 +17,7 @@ from .codes import Int64
 from .collect import SAEState, TokenSpool
 from .config import IndexConfig, IndexProgress, OnProgress
 from .directions import LogitEffects, logit_effects, nearest_features
-from .labels import Evidence, TokenUse, token_label
+from .labels import Evidence, PeakContext, TokenUse, token_label
 from .tables import Features, TokenUses
 from .token_text import vocabulary, words_of
 
@@ -104,7 +104,7 @@ class Writer:
         effects = self._effects(where, W_dec)
         nearest = nearest_features(W_dec, where.first, where.stop, self._config.n_neighbors)
         best = tables.best_uses(uses, uses.lifts, self._config.n_tokens)
-        evidence = _evidence(where, uses, contexts, effects, self.words.texts)
+        evidence = _evidence(where, uses, contexts, effects, self.words.texts, totals.token_counts)
         is_active = totals.n_active[where.first : where.stop] > 0
         labels = [
             token_label(each, word_rates) if active else None
@@ -157,12 +157,15 @@ def _evidence(
     contexts: pa.Table,
     effects: LogitEffects | None,
     texts: Sequence[str],
+    token_counts: Int64,
 ) -> Iterator[Evidence]:
     """What there is to make a label of, for each feature of the range."""
+    seen, promoted = token_counts > 0, None if effects is None else effects.promoted.ids
     score = uses.shares * np.log(np.maximum(uses.lifts, 1e-9))
     telling = tables.best_uses(uses, score, _USES_IN_A_LABEL)
     top = contexts.filter(pc.equal(contexts.column("kind"), "top"))
-    tokens, peaks = top.column("tokens").to_pylist(), top.column("token").to_pylist()
+    shown_columns = (top.column(name).to_pylist() for name in ("tokens", "peak", "act"))
+    peaks = [PeakContext(*row) for row in zip(*shown_columns, strict=True)]
     uses_of = _grouped(telling.features, where)
     contexts_of = _grouped(top.column("feature_id").to_numpy(), where)
     ids, shares, lifts = (x.tolist() for x in (telling.token_ids, telling.shares, telling.lifts))
@@ -170,8 +173,7 @@ def _evidence(
         yield Evidence(
             [TokenUse(texts[ids[j]], shares[j], lifts[j]) for j in range(*used)],
             peaks[slice(*shown)],
-            tokens[slice(*shown)],
-            [] if effects is None else [texts[t] for t in effects.promoted.ids[i].tolist()],
+            [] if promoted is None else [texts[t] for t in promoted[i].tolist() if seen[t]],
             0.0 if effects is None else float(effects.strengths[i]),
         )
 
