@@ -103,6 +103,11 @@ class TrainConfig(Config):
     checkpoint_every_steps: int = Field(default=500, gt=0, description="Steps between checkpoints.")
     keep_checkpoints: int = Field(default=2, gt=0, description="Newest checkpoints that are kept.")
     log_every_steps: int = Field(default=10, gt=0, description="Steps between lines of metrics.")
+    nominate_in: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="Precision that candidates for active features are found in. bfloat16 is "
+        "faster on CPUs that compute in it; the choice is made from float32 scores. CPU only.",
+    )
     seed: int = Field(default=0, ge=0, description="Seed of the start and of the order of rows.")
     device: str | None = Field(
         default=None, description="Torch device. None: cuda if there, else cpu."

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sae.config import SAEConfig, TrainConfig
-from sae.errors import SourceError
+from sae.errors import ConfigError, SourceError
 from sae.sources import ActivationSource
 
 # Gao et al. 2024, arXiv 2406.04093, section 3: lr falls as 1 / sqrt(d_sae); the constant is that
@@ -21,7 +21,7 @@ def resolve(
 ) -> TrainConfig:
     """The same settings with nothing left to compute.
 
-    Raises: SourceError if the source holds less than one batch.
+    Raises: SourceError if the source holds less than one batch; ConfigError if settings clash.
     """
     n_rows, batch_size = source.n_rows(hookpoint), config.batch_size
     if n_rows < batch_size:
@@ -41,6 +41,11 @@ def resolve(
         "k_aux": config.k_aux or max(1, source.d_model(hookpoint) // 2),
         "device": config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     }
+    if config.nominate_in == "bfloat16" and torch.device(resolved["device"]).type != "cpu":
+        raise ConfigError(
+            f"nominate_in='bfloat16' is for the CPU, but device is {resolved['device']!r}: its "
+            "error bound isn't proven there; set nominate_in to float32"
+        )
     return config.model_copy(update=resolved)
 
 

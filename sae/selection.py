@@ -30,11 +30,13 @@ class PreActs(NamedTuple):
     """Pre-activations that aren't computed yet: x @ W.T + b.
 
     x: [batch, d_model], centred. W: [d_sae, d_model], the encoder feature by feature. b: [d_sae].
+    nominate: whether a choice may be prepared in bfloat16 (see sae.nomination); it stays the same.
     """
 
     x: Tensor
     W: Tensor
     b: Tensor
+    nominate: bool = False
 
     def tiles(self) -> Iterator[tuple[int, Tensor]]:
         """First row and scores [tile, d_sae] of each tile; the scores' memory is used again."""

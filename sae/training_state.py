@@ -87,7 +87,12 @@ class TrainingState:
         if not x.sum().isfinite():
             self._skip_()
             return None
-        pre_acts = PreActs(x - self.sae.b_dec, self.sae.W_enc_rows, self.sae.b_enc)
+        pre_acts = PreActs(
+            x - self.sae.b_dec,
+            self.sae.W_enc_rows,
+            self.sae.b_enc,
+            nominate=self.config.nominate_in == "bfloat16",
+        )
         codes, threshold = self._architecture.select_training(
             pre_acts, self.sae.config, self.sae.threshold
         )

@@ -11,6 +11,7 @@ from sae.architectures.base import Architecture, Selection
 from sae.architectures.topk import TopKConfig
 from sae.codes import Codes
 from sae.config import SAEConfig
+from sae.nomination import nominated_top_of_batch
 from sae.selection import CANDIDATE_MARGIN, PreActs, above_threshold, top_of_batch
 
 # Weight of the newest batch in the running mean that the threshold is in training.
@@ -40,7 +41,8 @@ class BatchTopK(Architecture):
     def select_training(self, pre_acts: PreActs, config: SAEConfig, threshold: Tensor) -> Selection:
         """The batch * k largest, and the running mean moved towards the smallest of them."""
         n_keep = cast(BatchTopKConfig, config).k * len(pre_acts.x)
-        codes, smallest = top_of_batch(pre_acts, n_keep, expected=float(threshold))
+        choose = nominated_top_of_batch if pre_acts.nominate else top_of_batch
+        codes, smallest = choose(pre_acts, n_keep, expected=float(threshold))
         smallest = smallest.to(threshold.dtype)
         mean = torch.lerp(threshold, smallest, THRESHOLD_RATE)
         # A mean that has fallen behind costs a second product in every step: begin it anew.

@@ -10,6 +10,7 @@ from torch import Tensor
 from sae.architectures.base import Architecture, Selection
 from sae.codes import Codes
 from sae.config import SAEConfig
+from sae.nomination import nominated_top_k_of_rows
 from sae.selection import PreActs, top_k_of_rows
 
 
@@ -44,7 +45,8 @@ class TopK(Architecture):
 
     def select_training(self, pre_acts: PreActs, config: SAEConfig, threshold: Tensor) -> Selection:
         """The same as at inference."""
-        return Selection(self.select(pre_acts, config, threshold), threshold)
+        choose = nominated_top_k_of_rows if pre_acts.nominate else top_k_of_rows
+        return Selection(choose(pre_acts, cast(TopKConfig, config).k), threshold)
 
     def select(self, pre_acts: PreActs, config: SAEConfig, threshold: Tensor) -> Codes:
         """The k largest positive pre-activations of each row."""

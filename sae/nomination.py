@@ -1,0 +1,149 @@
+"""Selection with the encoder product in bfloat16, and with float32's result all the same.
+
+The product in bfloat16 only nominates candidates; their pre-activations are then computed in
+float32, and the choice is made among those. A bound on the error of the bfloat16 scores says
+whether a feature that wasn't nominated could belong to the choice; where it could, the choice is
+made again from float32 scores.
+
+A score s of row x and its bfloat16 estimate s' differ by at most
+
+    2^-7 |s'| + |x - low(x)| max|W| + |low(x)| max|W - low(W)| + d_model 2^-22 |x| max|W|
+             + max|b - low(b)|
+
+where low() rounds to bfloat16 and the maxima go over features: the first term is the rounding of
+the result (2^-8, once more where the bias is added apart), the next two that of the inputs by
+Cauchy and Schwarz, the fourth summing in float32, which bfloat16 products do on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae.codes import Codes
+from sae.embedding_bags import dot_by_entry
+from sae.selection import (
+    CANDIDATE_MARGIN,
+    BatchChoice,
+    PreActs,
+    codes_of_flat,
+    codes_of_rows,
+    keep_largest,
+    largest_of_rows,
+    top_k_ids,
+    top_k_of_rows,
+    top_of_batch,
+)
+
+UNIT = 2.0**-7
+# Candidates beyond k in a row: enough that the bound certifies most rows.
+SPARE = 32
+
+
+class Estimates(NamedTuple):
+    """Pre-activations in bfloat16, tile by tile, and how far off they can be.
+
+    pre_acts: x, W and b in bfloat16. slack: [batch], the bound's terms that don't depend on s'.
+    """
+
+    pre_acts: PreActs
+    slack: Tensor
+
+    def upper(self, estimates: Tensor, start: int) -> Tensor:
+        """The largest that scores estimated as estimates [tile] can be, rows from start on."""
+        slack = self.slack[start : start + len(estimates)]
+        return estimates.float() + UNIT * estimates.float().abs() + slack
+
+
+def estimate(pre_acts: PreActs) -> Estimates:
+    """The bfloat16 twin of pre-activations, with its error bound."""
+    x, W, b = pre_acts.x, pre_acts.W, pre_acts.b
+    low = PreActs(x.bfloat16(), W.bfloat16(), b.bfloat16())
+    largest = W.norm(dim=1).max()
+    largest_rest = torch.linalg.vector_norm(W - low.W, dim=1).max()
+    rest = torch.linalg.vector_norm(x - low.x, dim=1)
+    x_norm = x.norm(dim=1)
+    # |low(x)| <= |x| + |x - low(x)|
+    slack = rest * largest + (x_norm + rest) * largest_rest
+    slack += x_norm * (largest * x.shape[1] * 2.0**-22) + (b - low.b).abs().max()
+    return Estimates(low, slack)
+
+
+def nominated_top_k_of_rows(pre_acts: PreActs, k: int) -> Codes:
+    """top_k_of_rows, nominating in bfloat16."""
+    n_features = len(pre_acts.b)
+    if k + SPARE >= n_features or len(pre_acts.x) == 0:
+        return top_k_of_rows(pre_acts, k)
+    ids, scores, is_certain = (
+        torch.cat(parts) for parts in zip(*_top_k_tiles(pre_acts, k), strict=True)
+    )
+    if not is_certain.all():
+        doubtful = (~is_certain).nonzero().squeeze(1)
+        for some in doubtful.split(512):
+            exact = torch.addmm(pre_acts.b, pre_acts.x[some], pre_acts.W.T)
+            ids[some] = top_k_ids(exact, k)
+            scores[some] = exact.gather(1, ids[some])
+    return codes_of_rows(ids, scores)
+
+
+def _top_k_tiles(pre_acts: PreActs, k: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Each tile's ids [tile, k], ascending, their float32 scores, and which rows are certain."""
+    estimates = estimate(pre_acts)
+    for start, low in estimates.pre_acts.tiles():
+        candidates = largest_of_rows(low, k + SPARE).sort(dim=1).values
+        cutoff = low.gather(1, candidates).amin(1)  # nothing that wasn't nominated is above it
+        scores = _rescored(pre_acts, candidates, start)
+        places = top_k_ids(scores, k)
+        chosen = scores.gather(1, places)
+        unseen = estimates.upper(cutoff, start)
+        is_certain = (unseen < chosen.amin(1)) | (unseen <= 0)
+        yield candidates.gather(1, places), chosen, is_certain
+
+
+def nominated_top_of_batch(pre_acts: PreActs, n_keep: int, expected: float) -> BatchChoice:
+    """top_of_batch, nominating in bfloat16 where the smallest act can be foretold."""
+    target = CANDIDATE_MARGIN * expected
+    if target <= 0:
+        return top_of_batch(pre_acts, n_keep, expected)
+    flat = _nominated_above(estimate(pre_acts), target)
+    if len(flat) < n_keep:
+        return top_of_batch(pre_acts, n_keep, expected)
+    acts = _rescored_flat(pre_acts, flat)
+    if len(acts) > n_keep:
+        flat, acts = keep_largest(flat, acts, n_keep)
+    smallest = acts.min()
+    if float(smallest) < target:  # a feature that wasn't nominated could be as large
+        return top_of_batch(pre_acts, n_keep, expected)
+    return BatchChoice(codes_of_flat(flat, acts, pre_acts), smallest)
+
+
+def _nominated_above(estimates: Estimates, target: float) -> Tensor:
+    """Flat positions of all scores that may reach target > 0: [n] int64, ascending."""
+    # Whatever isn't above lower has s' + UNIT |s'| + slack < target, lower's rounding included.
+    lower = target - estimates.slack
+    lower = torch.where(lower > 0, lower * (1 - 2 * UNIT), lower * (1 + 2 * UNIT))
+    lower = lower.bfloat16().unsqueeze(1)
+    parts = []
+    for start, low in estimates.pre_acts.tiles():
+        flat = (low > lower[start : start + len(low)]).view(-1).nonzero().squeeze(1)
+        parts.append(flat + start * low.shape[1])
+    return torch.cat(parts)
+
+
+def _rescored(pre_acts: PreActs, ids: Tensor, start: int) -> Tensor:
+    """Float32 scores of features ids [tile, n], rows from start on: [tile, n]."""
+    n_rows, n = ids.shape
+    flat = ids.flatten()
+    offsets = torch.arange(0, n_rows * n + 1, n, device=ids.device)
+    x = pre_acts.x[start : start + n_rows]
+    dots = dot_by_entry(Codes(x.new_empty(n_rows * n), flat, offsets), x, pre_acts.W)
+    return (dots + pre_acts.b[flat]).view(n_rows, n)
+
+
+def _rescored_flat(pre_acts: PreActs, flat: Tensor) -> Tensor:
+    """Float32 scores at ascending flat positions: [n]."""
+    codes = codes_of_flat(flat, pre_acts.x.new_empty(len(flat)), pre_acts)
+    return dot_by_entry(codes, pre_acts.x, pre_acts.W) + pre_acts.b[codes.feature_ids]
