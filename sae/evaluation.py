@@ -62,16 +62,7 @@ def evaluate(
     losses = None
     if lm is not None:
         replacements = _replacements(sae, untrained, pca, fitted_on)
-        losses = spliced_losses(
-            lm,
-            source,
-            hookpoint,
-            replacements,
-            max_norm=sae.max_norm,
-            n_tokens=config.n_lm_tokens,
-            batch_size=config.lm_batch_size,
-            split=config.split,
-        )
+        losses = _losses(lm, source, hookpoint, replacements, sae.max_norm, config)
     max_norm = source.max_norm(hookpoint)
     return Report(
         hookpoint=hookpoint,
@@ -84,20 +75,7 @@ def evaluate(
         n_dead=int((own.n_active == 0).sum()),
         n_dense=int((own.n_active > DENSE * own.n_rows).sum()),
         cross_entropy=_cross_entropy(losses) if losses else None,
-        baselines=(
-            _baseline(
-                "untrained",
-                "the same SAE before training: random directions, b_dec at the mean",
-                _measure(_sae_reconstructs(untrained), rows),
-                losses,
-            ),
-            _baseline(
-                "pca",
-                f"the mean and the first {len(pca.components)} principal components of train rows",
-                _measure(_pca_reconstructs(pca), rows),
-                losses,
-            ),
-        ),
+        baselines=_baselines(untrained, pca, rows, losses),
     )
 
 
@@ -207,13 +185,49 @@ def _recovered(losses: SplicedLosses, name: str) -> float | None:
     return (ablated - losses.replaced[name].cross_entropy) / (ablated - losses.clean)
 
 
-def _baseline(name: str, what: str, measured: Measured, losses: SplicedLosses | None) -> Baseline:
-    return Baseline(
-        name=name,
-        what=what,
-        reconstruction=measured.reconstruction,
-        spliced=losses.replaced[name].cross_entropy if losses else None,
-        recovered=_recovered(losses, name) if losses else None,
+def _losses(
+    lm: SplicedModel,
+    source: ActivationSource,
+    hookpoint: str,
+    replacements: dict[str, Replacement],
+    max_norm: float,
+    config: EvalConfig,
+) -> SplicedLosses:
+    return spliced_losses(
+        lm,
+        source,
+        hookpoint,
+        replacements,
+        max_norm=max_norm,
+        n_tokens=config.n_lm_tokens,
+        batch_size=config.lm_batch_size,
+        split=config.split,
+    )
+
+
+def _baselines(
+    untrained: SAE, pca: PCA, rows: _Rows, losses: SplicedLosses | None
+) -> tuple[Baseline, ...]:
+    """Both baselines, on the same rows and tokens as the SAE."""
+    fitted = {
+        "untrained": (
+            "the same SAE before training: random directions, b_dec at the mean",
+            _sae_reconstructs(untrained),
+        ),
+        "pca": (
+            f"the mean and the first {len(pca.components)} principal components of train rows",
+            _pca_reconstructs(pca),
+        ),
+    }
+    return tuple(
+        Baseline(
+            name=name,
+            what=what,
+            reconstruction=_measure(reconstruct, rows).reconstruction,
+            spliced=losses.replaced[name].cross_entropy if losses else None,
+            recovered=_recovered(losses, name) if losses else None,
+        )
+        for name, (what, reconstruct) in fitted.items()
     )
 
 
