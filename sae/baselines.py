@@ -11,6 +11,9 @@ from sae.autoencoder import SAE
 from sae.calibration import calibrate_threshold_
 from sae.initialisation import initial_sae
 
+# Rows that the untrained twin's threshold is made from.
+TWIN_ROWS = 16_384
+
 
 class PCA(NamedTuple):
     """Principal components: x_hat = mean + (x - mean) @ components.T @ components.
@@ -49,5 +52,5 @@ def untrained_twin(sae: SAE, rows: Tensor, seed: int) -> SAE:
     """
     twin = initial_sae(sae.config, rows.mean(0, dtype=torch.float64).float(), seed, sae.origin)
     twin = twin.to(sae.b_dec.device)
-    calibrate_threshold_(twin, rows)
+    calibrate_threshold_(twin, rows[:TWIN_ROWS])
     return twin
