@@ -77,7 +77,13 @@ def open_corpus(
     name, path = str(data), Path(data).expanduser()
     if name == "demo":
         return Corpus(name, _files_revision([demo_articles_file()]), _demo_documents)
-    if files := _text_files(path):
+    try:
+        files = _text_files(path)
+    except OSError as error:  # no file's name is so long
+        raise CorpusError(
+            f"data {name[:40]!r}... is no path: {error.strerror}. Give texts themselves as a list"
+        ) from error
+    if files:
         return _from_files(name, files, text_column)
     if path.suffix in (*FILE_SUFFIXES, ".json", ".csv", ".gz", ".zst") and not path.is_dir():
         wanted = f"expected {', '.join(FILE_SUFFIXES)}" if path.exists() else "no such file"

@@ -90,8 +90,8 @@ class HookpointResolver:
             return Site(self._embedding())
         if name == "final_norm":
             return Site(self._final_norm)
-        modules = dict(self.model.named_modules())
-        if name and name in modules:
+        modules = {path: m for path, m in self.model.named_modules() if path}
+        if name in modules:
             return Site(modules[name])
         raise HookpointError(self._unknown(name, list(modules)))
 
