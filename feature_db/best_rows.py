@@ -151,11 +151,10 @@ class BestRows:
     ) -> NDArray[np.bool_]:
         """Which entries are among the first of their feature and document; empty places are."""
         assert self._max_per_document is not None
-        _, document = np.unique(doc_ids, return_inverse=True)
-        by_document = stable_order(features * (int(document.max(initial=0)) + 1) + document)
-        pairs = (features * (int(document.max(initial=0)) + 1) + document)[by_document]
+        pairs = features * (int(doc_ids.max()) + 1) + doc_ids
+        by_document = stable_order(pairs)
         kept = np.empty(len(features), dtype=bool)
-        kept[by_document] = rank_in_run(pairs) < self._max_per_document
+        kept[by_document] = rank_in_run(pairs[by_document]) < self._max_per_document
         kept |= scores == 0
         return kept
 

@@ -98,13 +98,12 @@ def feature_entries(chunk: "Chunk", sae: "SAE", rows: Int64) -> FeatureEntries:
 
 
 def stable_order(values: NDArray[np.integer]) -> Int64:
-    """Stable argsort of non-negative integers below 2**48, by numpy's radix sort of 16 bits."""
+    """Stable argsort of non-negative integers, by numpy's radix sort of 16 bits at a time."""
     order = np.argsort((values & 0xFFFF).astype(np.uint16), kind="stable")
     top = int(values.max()) if len(values) else 0
-    for shift in (16, 32):
-        if top >> shift:
-            digit = ((values >> shift) & 0xFFFF).astype(np.uint16)
-            order = order[np.argsort(digit[order], kind="stable")]
+    for shift in range(16, top.bit_length(), 16):
+        digit = ((values >> shift) & 0xFFFF).astype(np.uint16)
+        order = order[np.argsort(digit[order], kind="stable")]
     return order
 
 

@@ -10,7 +10,8 @@ from .best_rows import BestRows, ContextRows, act_scores, sample_scores
 from .codes import ChunkRows, Int64, chunk_rows, feature_entries, indexable_rows
 from .config import IndexConfig
 from .inputs import IndexedSAE
-from .totals import FeatureTotals, TokenPairStore
+from .token_pairs import TokenPairStore
+from .totals import FeatureTotals
 
 if TYPE_CHECKING:
     from activation_cache import ActivationCache, Chunk
@@ -49,7 +50,7 @@ class SAEState:
         d_sae, reach = indexed.sae.d_sae, (config.tokens_before, config.tokens_after)
         self.indexed = indexed
         self.totals = FeatureTotals(d_sae, vocab_size)
-        self.pairs = TokenPairStore(folder / f"pairs-{indexed.sae_id}", vocab_size)
+        self.pairs = TokenPairStore(folder / f"pairs-{indexed.sae_id}", d_sae, vocab_size)
         self.top = BestRows(
             d_sae,
             config.n_top,

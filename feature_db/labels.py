@@ -10,7 +10,8 @@ of these that holds is taken; a *family* is a word with its spaces, capitals and
 4. ... or mostly have one word just before their peak:                         `after " according"`
 5. Words that the strongest contexts share, rare in the text and far beyond their frequency there:
                                                                  `in text on court, judge, ruling`
-6. None of these: the tokens of highest share and lift.             `mixed: " severe", " exact"`
+6. None of these: the tokens, words first, of highest share and lift.
+                                                                    `mixed: " severe", " exact"`
 
 `→ " Obama", " Trump"` follows where the most promoted tokens are words of the indexed text and
 stand out of the vocabulary by more than noise does.
@@ -44,8 +45,9 @@ class TokenUse(NamedTuple):
 
 
 class PeakContext(NamedTuple):
-    """tokens: of the context; peak: the index of the active one; act: the feature's act there."""
+    """text, tokens: of the context; peak: index of the active token; act: the feature's there."""
 
+    text: str
     tokens: Sequence[str]
     peak: int
     act: float
@@ -130,7 +132,7 @@ def _common_token(contexts: Sequence[PeakContext], step: int, relation: str) -> 
 
 
 def _shared_words(contexts: Sequence[PeakContext], word_rates: dict[str, float]) -> str | None:
-    n_with = Counter(word for context in contexts for word in set(words_of(context.tokens)))
+    n_with = Counter(word for context in contexts for word in set(words_of(context.text)))
     n_tokens = sum(len(context.tokens) for context in contexts)
     least = max(_MIN_CONTEXTS, _MIN_CONTEXT_SHARE * len(contexts))
     scores = {
@@ -145,6 +147,7 @@ def _shared_words(contexts: Sequence[PeakContext], word_rates: dict[str, float])
 def _mixed(evidence: Evidence) -> str:
     tokens = [use.token for use in evidence.uses]
     tokens = tokens or [context.tokens[context.peak] for context in evidence.contexts]
+    tokens = [token for token in tokens if token.strip().isalpha()] or tokens
     return f"mixed: {_listed(list(dict.fromkeys(tokens))[:3])}"
 
 

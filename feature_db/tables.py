@@ -16,7 +16,8 @@ from .codes import Float32, Int64, rank_in_run
 from .collect import TokenSpool, flat_spans
 from .config import IndexConfig
 from .directions import LogitEffects, Ranked
-from .totals import FeatureTotals, Float64, TokenPairs, bin_edges
+from .token_pairs import TokenPairs
+from .totals import FeatureTotals, Float64, bin_edges
 
 
 class TokenUses(NamedTuple):

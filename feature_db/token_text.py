@@ -4,14 +4,15 @@ Token text is hostile: it may hold control characters that drive a terminal, cha
 the writing direction, or markup. Everything shown to a person goes through `visible` first.
 """
 
+import re
 import unicodedata
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from activation_cache import LanguageModel
 
 _SIGNS = {"\n": "↵", "\r": "␍", "\t": "⇥"}
+_WORD = re.compile(r"(?<= )[^\W\d_]{3,}(?!\w)")
 # Cc control, Cf format (all bidirectional marks), Zl and Zp line breaks, Cs, Co and Cn: no glyph.
 _UNSAFE_CATEGORIES = {"Cc", "Cf", "Zl", "Zp", "Cs", "Co", "Cn"}
 
@@ -37,20 +38,9 @@ def vocabulary(lm: "LanguageModel") -> list[str]:
     return lm.token_strings(range(lm.vocab_size))
 
 
-def words_of(tokens: Sequence[str]) -> list[str]:
-    """The words in a run of tokens, lower case: three letters or more that follow a space.
-
-    A word may span tokens: `" presid", "ential"` is presidential.
-    """
-    words: list[str] = []
-    for token in tokens:
-        if token.startswith(" "):
-            words.append(token[1:])
-        elif words and token.isalpha():
-            words[-1] += token
-        else:
-            words.append("")
-    return [word.casefold() for word in words if len(word) >= 3 and word.isalpha()]
+def words_of(text: str) -> list[str]:
+    """The words in a text that follow a space, three letters or more, in lower case."""
+    return _WORD.findall(text.casefold())
 
 
 def _visible_character(character: str) -> str:

@@ -16,7 +16,7 @@ from . import tables
 from .codes import Int64
 from .collect import SAEState, TokenSpool
 from .config import IndexConfig, IndexProgress, OnProgress
-from .directions import LogitEffects, logit_effects, nearest_features
+from .directions import LogitEffects, logit_effects, logit_spread, nearest_features
 from .labels import Evidence, PeakContext, TokenUse, token_label
 from .tables import Features, TokenUses
 from .token_text import vocabulary, words_of
@@ -64,6 +64,7 @@ class Writer:
         self._connection, self._lm, self._cache = connection, lm, cache
         self._spool, self._config, self._on_progress = spool, config, on_progress
         self.words = ModelWords.of(lm)
+        self._spread = logit_spread(self.words.logit_matrix)
 
     def write_sae(self, state: SAEState) -> None:
         """Write everything about one SAE, in one transaction."""
@@ -129,7 +130,7 @@ class Writer:
         if W_dec.shape[1] != self.words.logit_matrix.shape[0]:
             return None
         rows = W_dec[where.first : where.stop]
-        return logit_effects(rows, self.words.logit_matrix, self._config.n_logits)
+        return logit_effects(rows, self.words.logit_matrix, self._spread, self._config.n_logits)
 
 
 @contextmanager
@@ -164,7 +165,7 @@ def _evidence(
     score = uses.shares * np.log(np.maximum(uses.lifts, 1e-9))
     telling = tables.best_uses(uses, score, _USES_IN_A_LABEL)
     top = contexts.filter(pc.equal(contexts.column("kind"), "top"))
-    shown_columns = (top.column(name).to_pylist() for name in ("tokens", "peak", "act"))
+    shown_columns = (top.column(name).to_pylist() for name in ("text", "tokens", "peak", "act"))
     peaks = [PeakContext(*row) for row in zip(*shown_columns, strict=True)]
     uses_of = _grouped(telling.features, where)
     contexts_of = _grouped(top.column("feature_id").to_numpy(), where)
@@ -188,7 +189,7 @@ def _word_rates(texts: Sequence[str], token_counts: Int64) -> dict[str, float]:
     """Frequency of each word in the text: the tokens that are that word."""
     n_tokens, rates = max(int(token_counts.sum()), 1), dict[str, float]()
     for token_id in np.flatnonzero(token_counts).tolist():
-        for word in words_of([texts[token_id]]):
+        for word in words_of(texts[token_id]):
             rates[word] = rates.get(word, 0.0) + int(token_counts[token_id]) / n_tokens
     return rates
 

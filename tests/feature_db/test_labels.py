@@ -17,7 +17,7 @@ def evidence(
 def peaks(*tokens: str, before: str = "") -> list[PeakContext]:
     """Contexts of one token, or two, of falling act."""
     return [
-        PeakContext([before or f" w{i}", token], 1, float(len(tokens) - i + 10))
+        PeakContext("", [before or f" w{i}", token], 1, float(len(tokens) - i + 10))
         for i, token in enumerate(tokens)
     ]
 
@@ -48,16 +48,15 @@ def test_a_feature_that_follows_one_word_says_so() -> None:
 
 
 def test_a_feature_of_a_topic_is_named_by_the_words_its_contexts_share() -> None:
+    words = ["judge", "ruling", "treaty", "gate", "keys", "doors"]
     contexts = [
-        PeakContext([" the", " court", " rul", "ing", f" w{i}", " x"], 4, 1.0) for i in range(6)
+        PeakContext(f" the court{word} of the court on {word}", ["a", word, word], 2, 1.0)
+        for word in words
     ]
-    found = evidence(contexts=contexts)._replace(uses=[])
-    assert token_label(found, {"the": 0.06}).startswith("after")
-    apart = [
-        c._replace(tokens=[*c.tokens[:3], f"{'abcdef'[i]}", *c.tokens[4:]])
-        for i, c in enumerate(contexts)
-    ]
-    assert token_label(evidence(contexts=apart), {"the": 0.06}) == "in text on court"
+    assert token_label(evidence(contexts=contexts), {"the": 0.06}) == "in text on court"
+    assert token_label(evidence(contexts=contexts), {"the": 0.06, "court": 0.01}).startswith(
+        "mixed"
+    )
 
 
 def test_promoted_words_follow_where_they_stand_out() -> None:
@@ -78,8 +77,5 @@ def test_families_join_spaces_capitals_and_plurals() -> None:
     assert family("  ") == "  "
 
 
-def test_words_span_tokens() -> None:
-    assert words_of([" presid", "ential", " of", ",", "x", " a1", " Élan"]) == [
-        "presidential",
-        "élan",
-    ]
+def test_words_follow_a_space_and_are_letters_alone() -> None:
+    assert words_of("be presidential of, x a1 Élan (no) it's") == ["presidential", "élan"]
