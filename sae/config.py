@@ -142,7 +142,7 @@ class EvalConfig(Config):
         default=8, gt=0, description="Token blocks run through the model at a time."
     )
     baseline_rows: int = Field(
-        default=65_536, gt=0, description="Train rows that baselines are fitted on."
+        default=32_768, gt=0, description="Train rows that baselines are fitted on."
     )
     seed: int = Field(
         default=0, ge=0, description="Seed of the row order and of the untrained baseline."

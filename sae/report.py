@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -69,6 +70,10 @@ class Report(Config):
         default=None, description="The SAE spliced into its model; none if no model was given."
     )
     baselines: tuple[Baseline, ...] = Field(description="untrained and pca.")
+    made_from: dict[str, Any] = Field(
+        default_factory=dict,
+        description="What the figures depend on, as far as the caller says: weights, cache, config.",
+    )
 
     @property
     def fvu(self) -> float:
