@@ -115,6 +115,11 @@ def fingerprint_of(
         raise CacheError(
             f"unknown storage_dtype {config.storage_dtype!r}: expected {', '.join(STORAGE_DTYPES)}"
         )
+    if lm.is_edited:
+        raise CacheError(
+            f"{lm.name} is being edited: a cache holds what the plain model makes, so close the "
+            "edit first"
+        )
     longest = lm.max_ctx_len
     if longest and config.ctx_len > longest:
         raise CacheError(f"ctx_len={config.ctx_len} is longer than {lm.name} allows ({longest})")

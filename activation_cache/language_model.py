@@ -65,6 +65,7 @@ class LanguageModel:
         self._revision = revision
         self._hookpoints = HookpointResolver(self.model, self._run_probe)
         self._is_probing = False
+        self._n_edits = 0
         self._seq_shape = torch.Size()  # [batch, seq] of the pass that runs
 
     @classmethod
@@ -179,8 +180,18 @@ class LanguageModel:
         The hooks are removed when the context closes, however it closes. Contexts nest; the inner
         one sees what the outer one made.
         """
-        with self._hooked([(self.site(name), fn) for name, fn in edits.items()]):
-            yield
+        hooks = [(self.site(name), fn) for name, fn in edits.items()]
+        self._n_edits += len(hooks)
+        try:
+            with self._hooked(hooks):
+                yield
+        finally:
+            self._n_edits -= len(hooks)
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether an edit is active."""
+        return self._n_edits > 0
 
     @torch.no_grad()
     def logits(self, inputs: str | Sequence[str] | Tensor) -> Tensor:

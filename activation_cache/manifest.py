@@ -28,7 +28,7 @@ class _Record(BaseModel):
 
 class Fingerprint(_Record):
     """Everything that the numbers in a cache depend on. Two caches with equal fingerprints and
-    equal length hold equal activations (same machine and library versions)."""
+    equal length hold equal activations (on one machine, with the same libraries and threads)."""
 
     model: str
     model_revision: str

@@ -277,6 +277,17 @@ def test_mistakes_are_told_before_anything_is_written(
         assert not out.exists()
 
 
+def test_an_edited_model_is_not_harvested(
+    tiny_lm: LanguageModel, tiny_corpus: list[str], tmp_path: Path
+) -> None:
+    with (
+        tiny_lm.edit({"layers.0.resid_post": lambda x: 2 * x}),
+        pytest.raises(CacheError, match="tiny-llama is being edited: "),
+    ):
+        _harvest(tiny_lm, tiny_corpus, tmp_path / "acts")
+    assert not (tmp_path / "acts").exists()
+
+
 def test_foreign_folders_are_left_alone(
     tiny_lm: LanguageModel, tiny_corpus: list[str], tmp_path: Path
 ) -> None:
