@@ -72,7 +72,7 @@ class Report(Config):
     baselines: tuple[Baseline, ...] = Field(description="untrained and pca.")
     made_from: dict[str, Any] = Field(
         default_factory=dict,
-        description="What the figures depend on, as far as the caller says: weights, cache, config.",
+        description="What the figures depend on, as far as the caller says it: weights, cache.",
     )
 
     @property
