@@ -5,6 +5,7 @@ itself for the strongest contexts, a hash of (feature, row) for a uniform sample
 to the earlier row, so the outcome depends neither on chunk sizes nor on any sort's whims.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -16,11 +17,12 @@ from .codes import (
     Float32,
     Int64,
     rank_in_run,
-    run_starts,
     stable_order,
 )
 
 _HIGHEST_SCORE = (1 << 32) - 1
+# Chunks whose entries are kept until a merge, at most: 200 MB at 32 features on each of 32k rows.
+_MOST_CHUNKS_WAITING = 8
 
 
 def act_scores(acts: Float32) -> Int64:
@@ -74,7 +76,8 @@ class BestRows:
 
     d_sae: features. n: rows kept of each. before, after: tokens kept around a row, fewer where
     its block or document ends. max_per_document: rows kept of one document, None for any number.
-    Ranks are ordered in small arrays; what belongs to a row lies in a *slot* that never moves.
+    Rows that beat a feature's n-th best wait until there are many, and are merged together. Ranks
+    are ordered in small arrays; what belongs to a row lies in a *slot* that never moves.
     """
 
     def __init__(
@@ -91,25 +94,19 @@ class BestRows:
         self._positions = np.zeros(d_sae * n, np.int32)
         self._reach = np.zeros((d_sae * n, 2), np.int32)
         self._windows = np.zeros((d_sae * n, before + 1 + after), np.float32)
+        self._waiting: list[_Waiting] = []
 
     def add(self, entries: FeatureEntries, scores: Int64, chunk: ChunkRows) -> None:
         """Consider one chunk's entries. scores: int64 [nnz], above 0, below 2**32."""
-        candidates = np.flatnonzero(scores > self._thresholds[entries.features])
-        if not len(candidates):
-            return
-        features = entries.features[candidates]
-        touched = features[run_starts(features)]
-        chosen = self._choose(
-            touched,
-            np.searchsorted(touched, features),
-            scores[candidates],
-            chunk.doc_ids[entries.rows[candidates]],
-        )
-        slots, new = self._move(touched, chosen, scores[candidates])
-        self._record(slots, candidates[new], entries, chunk)
+        where = np.flatnonzero(scores > self._thresholds[entries.features])
+        self._waiting.append(_Waiting(where, scores[where], entries, chunk))
+        n_waiting = sum(len(part.where) for part in self._waiting)
+        if n_waiting > self._scores.size // 2 or len(self._waiting) == _MOST_CHUNKS_WAITING:
+            self._merge()
 
     def of_features(self, first: int, stop: int) -> ContextRows:
         """What is kept of the features first <= feature < stop."""
+        self._merge()
         scores = self._scores[first:stop]
         feature, rank = np.nonzero(scores)
         slots = (feature + first) * self._n + self._slots[first:stop][feature, rank]
@@ -128,20 +125,38 @@ class BestRows:
             self._before,
         )
 
+    def _merge(self) -> None:
+        """Take in the rows that wait."""
+        waiting, self._waiting = self._waiting, []
+        edges = np.cumsum([0, *(len(part.where) for part in waiting)])
+        if not edges[-1]:
+            return
+        features = np.concatenate([part.entries.features[part.where] for part in waiting])
+        scores = np.concatenate([part.scores for part in waiting])
+        docs = [part.chunk.doc_ids[part.entries.rows[part.where]] for part in waiting]
+        is_touched = np.zeros(len(self._scores), dtype=bool)
+        is_touched[features] = True
+        touched, local = np.flatnonzero(is_touched), (np.cumsum(is_touched) - 1)[features]
+        chosen = self._choose(touched, local, scores, np.concatenate(docs))
+        slots, new = self._move(touched, chosen, scores)
+        for part, (first, stop) in zip(waiting, pairwise(edges), strict=True):
+            here = np.flatnonzero((new >= first) & (new < stop))
+            self._record(slots[here], part.where[new[here] - first], part)
+
     def _choose(self, touched: Int64, local: Int64, scores: Int64, doc_ids: Int64) -> Int64:
         """The n best of what each touched feature had and now gets.
 
-        local: int64 [candidates], the place in `touched` of each candidate's feature.
-        Returns: int64 [touched, n], best first: below touched * n an old entry (feature by
-        feature, in rank order), above it a candidate's number.
+        local: int64 [waiting], the place in `touched` of each waiting row's feature.
+        Returns: int64 [touched, n], best first: below touched * n an old row (feature by feature,
+        in rank order), above it a waiting one's number. Equal scores: the old, then the earlier.
         """
         n = self._n
-        slots = touched[:, None] * n + self._slots[touched]
         features = np.concatenate([np.repeat(np.arange(len(touched)), n), local])
         all_scores = np.concatenate([self._scores[touched].ravel(), scores])
         order = np.argsort((features << 32) | (_HIGHEST_SCORE - all_scores), kind="stable")
         if self._max_per_document is not None:
-            docs = np.concatenate([self._doc_ids[slots].ravel(), doc_ids])[order]
+            slots = (touched[:, None] * n + self._slots[touched]).ravel()
+            docs = np.concatenate([self._doc_ids[slots], doc_ids])[order]
             order = order[self._within_document_limit(features[order], docs, all_scores[order])]
         best = rank_in_run(features[order]) < n
         return order[best].reshape(len(touched), n)
@@ -149,19 +164,19 @@ class BestRows:
     def _within_document_limit(
         self, features: Int64, doc_ids: Int64, scores: Int64
     ) -> NDArray[np.bool_]:
-        """Which entries are among the first of their feature and document; empty places are."""
+        """Which rows are among the first of their feature and document; empty places are."""
         assert self._max_per_document is not None
         pairs = features * (int(doc_ids.max()) + 1) + doc_ids
         by_document = stable_order(pairs)
-        kept = np.empty(len(features), dtype=bool)
-        kept[by_document] = rank_in_run(pairs[by_document]) < self._max_per_document
-        kept |= scores == 0
-        return kept
+        allowed = np.empty(len(features), dtype=bool)
+        allowed[by_document] = rank_in_run(pairs[by_document]) < self._max_per_document
+        allowed |= scores == 0
+        return allowed
 
     def _move(self, touched: Int64, chosen: Int64, new_scores: Int64) -> tuple[Int64, Int64]:
-        """Write the new order; give each new entry a slot that an old one left.
+        """Write the new order; give each new row a slot that an old one left.
 
-        Returns: slots int64 [n_new] over all features, and the candidates' numbers, [n_new].
+        Returns: slots int64 [n_new] over all features, and the waiting rows' numbers, [n_new].
         """
         n, n_old = self._n, len(touched) * self._n
         is_new = chosen >= n_old
@@ -177,10 +192,9 @@ class BestRows:
         self._thresholds[touched] = self._scores[touched, n - 1]
         return (touched[:, None] * n + slots)[is_new], chosen[is_new] - n_old
 
-    def _record(
-        self, slots: Int64, where: Int64, entries: FeatureEntries, chunk: ChunkRows
-    ) -> None:
+    def _record(self, slots: Int64, where: Int64, part: "_Waiting") -> None:
         """Fill `slots` with the entries at `where` and the acts around them."""
+        entries, chunk = part.entries, part.chunk
         rows = entries.rows[where]
         before = np.minimum(rows - chunk.segment_starts[rows], self._before)
         after = np.minimum(chunk.segment_ends[rows] - 1 - rows, self._after)
@@ -212,3 +226,15 @@ class BestRows:
             walking, other, distance = walking[near], other[near], distance[near]
             self._windows[slots[walking], self._before + step * distance] = entries.acts[other]
             other = other + step
+
+
+class _Waiting(NamedTuple):
+    """Entries of a chunk that beat their feature's n-th best, to be merged in.
+
+    where: int64 [n], which of `entries`. scores: int64 [n].
+    """
+
+    where: Int64
+    scores: Int64
+    entries: FeatureEntries
+    chunk: ChunkRows
