@@ -192,5 +192,4 @@ def _checksum(raw: dict[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return value if isinstance(value, str) else json.dumps(value)

@@ -33,8 +33,10 @@ app = App(
     console=console,
     error_console=error_console,
     result_action="return_value",
+    suppress_keyboard_interrupt=False,
     help_flags=["--help", "-h"],
 )
+app.meta.suppress_keyboard_interrupt = False
 
 
 @app.meta.default
@@ -65,17 +67,16 @@ def run(arguments: Sequence[str]) -> int:
     except (*USER_ERRORS, CycloptsError) as error:
         if "--debug" in tokens:
             error_console.print_exception()
-        error_console.print(
-            f"saebase: {_message(error)}",
-            style="red",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        _tell(_message(error))
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         error_console.print("saebase: interrupted; the same command goes on from here")
         return EXIT_INTERRUPTED
+    except Exception as error:
+        if "No space left on device" not in str(error):
+            raise
+        _tell(f"disk full: {error}. What was finished is safe: free some space and run it again")
+        return EXIT_USER_ERROR
     finally:
         app.config = ()
     return 0
@@ -90,6 +91,12 @@ def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+def _tell(message: str) -> None:
+    """Say one line on stderr."""
+    line = f"saebase: {' '.join(message.split())}"
+    error_console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
+
+
 def _message(error: Exception) -> str:
     """One line for the user, with the nearest known name where a name is unknown."""
     if isinstance(error, UnknownOptionError) and error.token.source not in ("", "cli"):
@@ -99,9 +106,10 @@ def _message(error: Exception) -> str:
         return f"{error.token.source}: {unknown_key(key, known)}"
     text = " ".join(str(error).split())
     if "validation error" in text:  # pydantic's, in several lines
-        ours = text.partition("Value error, ")[2].partition(" [type=")[0]
-        return ours or _flag_error(text)
-    return text
+        text = text.partition("Value error, ")[2].partition(" [type=")[0] or _flag_error(text)
+    config, _, complaint = text.partition(": ")  # `TrainConfig.lr: Input should be ...`
+    field = config.partition("Config.")[2]
+    return f"--{field.replace('_', '-')}: {complaint}" if field.isidentifier() else text
 
 
 def _flag_error(text: str) -> str:

@@ -106,8 +106,9 @@ def one_line(error: ValidationError, model: type[BaseModel]) -> str:
         return unknown_key(key, _known_keys(model))
     if first["type"] == "missing":
         return f"{key} is missing"
-    message = first["msg"].removeprefix("Value error, ").lower()
-    return f"{key}={first['input']!r}: {message}" if key else message
+    if first["type"] == "value_error":  # said by a section's own config, in full
+        return first["msg"].removeprefix("Value error, ")
+    return f"{key}={first['input']!r}: {first['msg'].lower()}"
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:

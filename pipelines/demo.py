@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from activation_cache import LanguageModel
-from feature_db import FeatureDB, visible
+from feature_db import FeatureDB
 from feature_db.shading import shaded_text
-from interp import Clamp, SteeringOutcome, compare
+from interp import Add, SteeringOutcome, compare
 from sae import SAE
 
 from .config import PipelineConfig, read_config
@@ -25,66 +25,83 @@ from .doctor import has_fast_bfloat16
 
 CONFIG = Path(__file__).with_name("demo.yaml")
 N_SHOWN = 12
-PROMPT = "I went to the museum and saw"
-DOSES = (3.0, 2.0, 4.0, 1.5)
-"""Strengths that are tried, in maxima: the first that changes the text and keeps it readable."""
-READABLE = 12.0
-"""Perplexity of the steered text over that of the unsteered one, above which it is babble."""
+PROMPT = "Yesterday I met a man who told me about"
+DOSES = (1.0, 1.5)
+"""Strengths that are tried, in maxima of the feature."""
+READABLE = 3.0
+"""Perplexity of the steered text over that of the unsteered one, above which it is left aside."""
 
-# Features that are plainly about something: active often enough to be seen and seldom enough to
-# mean something, in several documents, and promoting the very tokens that they fire on.
+# Features that are plainly about something: the strongest contexts, in many documents, peak on one
+# content word (`on`), or hold a word that the label found to be far more frequent there (`in`).
+# A content word is one that seven documents in ten do without.
 CLEAR_FEATURES = """
-WITH fires AS (
-    SELECT sae_id, feature_id, token_id, lower(trim(token)) AS word, n_active, lift
-    FROM feature_tokens
-    WHERE length(trim(token)) >= 4 AND regexp_full_match(trim(token), '[A-Za-z]+')
-), says AS (
-    SELECT sae_id, feature_id, lower(trim(token)) AS word, max(logit) AS logit
-    FROM feature_logits WHERE sign = 1 GROUP BY ALL
+WITH tops AS (
+    SELECT sae_id, feature_id, doc_id, lower(trim(token)) AS word, lower(text) AS text
+    FROM contexts WHERE kind = 'top'
+), peaks AS (
+    SELECT sae_id, feature_id, 'on' AS kind, mode(word) AS word, count(*) AS n,
+           count(DISTINCT doc_id) AS n_documents
+    FROM tops WHERE regexp_full_match(word, '[a-z]{4,}')
+    GROUP BY sae_id, feature_id, left(word, 5)
+), topics AS (
+    SELECT sae_id, feature_id, 'in' AS kind,
+           lower(regexp_extract(label, 'in text on ([A-Za-z]{5,})', 1)) AS word
+    FROM features WHERE label LIKE 'in text on %'
+), topic_counts AS (
+    SELECT sae_id, feature_id, kind, topics.word,
+           count(*) FILTER (contains(text, topics.word)) AS n,
+           count(DISTINCT doc_id) AS n_documents
+    FROM topics JOIN tops USING (sae_id, feature_id) WHERE topics.word <> '' GROUP BY ALL
+), clear AS (
+    SELECT * FROM (FROM peaks UNION ALL FROM topic_counts) WHERE n >= 10 AND n_documents >= 6
 ), spread AS (
-    SELECT sae_id, feature_id, count(DISTINCT doc_id) AS n_documents
-    FROM contexts WHERE kind = 'top' GROUP BY ALL
+    SELECT word, count(*) FILTER (contains(lower(documents.text), word)) / count(*) AS share
+    FROM (SELECT DISTINCT word FROM clear), documents GROUP BY word
 )
-SELECT feature_id, label, n_active, n_documents, max_act,
-       max(says.logit) AS logit, arg_max(fires.word, fires.n_active) AS word
-FROM features
-JOIN fires USING (sae_id, feature_id)
-JOIN says USING (sae_id, feature_id, word)
-JOIN spread USING (sae_id, feature_id)
-WHERE features.n_active BETWEEN 25 AND 2000 AND n_documents >= 4
-GROUP BY ALL
-ORDER BY logit * ln(n_documents) DESC, feature_id
+SELECT feature_id, kind, word
+FROM clear JOIN spread USING (word) JOIN features USING (sae_id, feature_id)
+WHERE share < 0.3 AND density < 0.02
+ORDER BY n * ln(n_documents) DESC, feature_id
 """
 
 QUERIES = {
-    "Which features fire on the widest range of documents, and yet seldom?": """
-SELECT feature_id, label, round(density * 100, 3) AS percent_of_tokens,
-       count(DISTINCT doc_id) AS documents
-FROM features JOIN contexts USING (sae_id, feature_id)
-WHERE kind = 'top' AND density < 0.001
-GROUP BY ALL ORDER BY documents DESC, max(act) DESC LIMIT 5""",
-    "Which features are about wars, and in which articles do they fire most strongly?": """
-SELECT feature_id, label, source AS article, round(max(act), 1) AS act
+    "Which features fire on the word ` war`, and how much of their activity is that?": """
+SELECT feature_id, label, t.n_active AS on_war, round(100 * t.n_active / f.n_active, 1) AS percent,
+       round(t.lift, 1) AS lift
+FROM feature_tokens t JOIN features f USING (sae_id, feature_id)
+WHERE t.token = ' war' ORDER BY t.n_active DESC LIMIT 5""",
+    "Which features react to wars and battles, and in which articles most strongly?": """
+SELECT feature_id, label, source AS article, round(max(act), 1) AS strongest
 FROM features JOIN contexts USING (sae_id, feature_id) JOIN documents USING (doc_id)
-WHERE label ILIKE '%war%' OR label ILIKE '%army%' OR label ILIKE '%military%'
-GROUP BY ALL ORDER BY act DESC LIMIT 5""",
-    "Which pairs of features point in nearly the same direction?": """
-SELECT feature_id, a.label, neighbor_id, b.label AS neighbor_label, round(cosine, 2) AS cosine
-FROM neighbors
+WHERE regexp_matches(lower(label), '\\b(war|battle|army|troops)\\b')
+GROUP BY ALL ORDER BY strongest DESC LIMIT 5""",
+    "Which features point in nearly the same direction, and how do they differ?": """
+SELECT a.feature_id, a.label, b.feature_id AS neighbor, b.label AS its_label,
+       round(cosine, 2) AS cosine
+FROM neighbors n
 JOIN features a USING (sae_id, feature_id)
-JOIN (SELECT sae_id, feature_id AS neighbor_id, label FROM features) b USING (sae_id, neighbor_id)
-WHERE feature_id < neighbor_id AND a.label IS NOT NULL AND b.label IS NOT NULL
-ORDER BY neighbors.cosine DESC LIMIT 5""",
+JOIN features b ON b.sae_id = n.sae_id AND b.feature_id = n.neighbor_id
+WHERE a.feature_id < b.feature_id AND a.label NOT LIKE 'mixed%' AND b.label NOT LIKE 'mixed%'
+ORDER BY n.cosine DESC LIMIT 5""",
 }
 
 
 class ClearFeature(NamedTuple):
-    """A feature that is plainly about something, and the word it fires on and promotes most."""
+    """A feature that is plainly about something. kind: it fires `on` a word or `in` text on it."""
 
     feature_id: int
-    label: str
-    n_active: int
+    kind: str
     word: str
+
+
+class Steered(NamedTuple):
+    """A feature, the dose that was added, what came of it, and the feature's mean activation, in
+    maxima, when the unsteered model reads the new text."""
+
+    feature: ClearFeature
+    dose: float
+    outcome: SteeringOutcome
+    echo: float
 
 
 def demo_config(out: Path) -> PipelineConfig:
@@ -106,43 +123,54 @@ def show_demo(config: PipelineConfig, seconds: Mapping[str, float], console: Con
             console.print(f"[bold]{question}[/]{sql}", highlight=False)
             console.print(db.sql(sql))
     console.print(Rule("one prompt, unsteered and steered", align="left"))
+    lm = LanguageModel.load(config.model, device=config.device, dtype=config.dtype)
+    sae = SAE.load(folder)
     with console.status("steering"):
-        lm = LanguageModel.load(config.model, device=config.device, dtype=config.dtype)
-        sae = SAE.load(folder)
-        feature, dose, outcome = steered_example(lm, sae, features)
+        tried = steered_examples(lm, sae, [f for f in features if f.kind == "in"] or features)
+    best = max(tried, key=lambda each: each.echo)
     console.print(
-        f"feature {feature.feature_id} ({visible(feature.label)}) held at {dose:g} maxima"
+        f"feature {best.feature.feature_id} ({best.feature.kind} {best.feature.word}), raised by "
+        f"{best.dose:g} of its maximum at every position: of {len(tried)} readable texts, the one "
+        "that makes the feature fire most when the unsteered model reads it"
     )
-    console.print(outcome_table(outcome))
+    console.print(outcome_table(best.outcome))
     console.print(Rule("timing and what to try next", align="left"))
     console.print(timing_table(config, seconds))
-    console.print(Text("\n".join(next_steps(config, folder, feature.feature_id, dose))))
+    console.print(Text("\n".join(next_steps(config, folder, best))))
 
 
 def clear_features(db: FeatureDB, n: int) -> list[ClearFeature]:
-    """The n features that are most plainly about something, no two about the same word."""
-    found: dict[str, ClearFeature] = {}
-    for feature_id, label, n_active, _, _, _, word in db.sql(CLEAR_FEATURES).fetchall():
-        found.setdefault(word[:5], ClearFeature(feature_id, label, n_active, word))
-    return list(found.values())[:n]
+    """The n features that are most plainly about something, half `on` and half `in`, where there
+    are as many; no two about the same word."""
+    rows = [ClearFeature(*row) for row in db.sql(CLEAR_FEATURES).fetchall()]
+    chosen: dict[str, ClearFeature] = {}
+    for limit, kinds in ((n // 2, ("on",)), (n, ("in",)), (n, ("on", "in"))):
+        for row in rows:
+            if len(chosen) < limit and row.kind in kinds:
+                chosen.setdefault(row.word[:5], row)
+    return list(chosen.values())
 
 
-def steered_example(
-    lm: LanguageModel, sae: SAE, features: list[ClearFeature]
-) -> tuple[ClearFeature, float, SteeringOutcome]:
-    """The first feature and dose whose word the steered text holds, still readable."""
+def steered_examples(lm: LanguageModel, sae: SAE, features: list[ClearFeature]) -> list[Steered]:
+    """Every feature at every dose; those that stay readable, or all if none does."""
     tried = []
-    for dose in DOSES:
-        for feature in features[:6]:
-            clamp = {feature.feature_id: Clamp(dose)}
-            outcome = compare(lm, sae, clamp, PROMPT, max_new_tokens=32)
-            tried.append((feature, dose, outcome))
-            gained = outcome.steered.removeprefix(PROMPT).lower().count(feature.word)
-            had = outcome.baseline.lower().count(feature.word)
-            limit = READABLE * outcome.baseline_perplexity
-            if gained > had and outcome.steered_perplexity < limit:
-                return tried[-1]
-    return tried[0]
+    for feature in features[:6]:
+        for dose in DOSES:
+            add = {feature.feature_id: Add(dose)}
+            outcome = compare(lm, sae, add, PROMPT, max_new_tokens=32)
+            tried.append(Steered(feature, dose, outcome, echo(lm, sae, feature, outcome.steered)))
+    readable = [
+        t for t in tried if t.outcome.steered_perplexity < READABLE * t.outcome.baseline_perplexity
+    ]
+    return readable or tried
+
+
+def echo(lm: LanguageModel, sae: SAE, feature: ClearFeature, text: str) -> float:
+    """Mean activation of the feature, in maxima, when the unsteered model reads `text`."""
+    place = str(sae.hookpoint)
+    x = lm.capture(text, [place]).acts[place][0]
+    acts = sae.encode(x[sae.in_domain(x)])[:, feature.feature_id]
+    return float(acts.mean() / sae.max_act[feature.feature_id])
 
 
 def timing_table(config: PipelineConfig, seconds: Mapping[str, float]) -> Table:
@@ -163,25 +191,25 @@ def timing_table(config: PipelineConfig, seconds: Mapping[str, float]) -> Table:
     return table
 
 
-def next_steps(config: PipelineConfig, folder: Path, feature: int, dose: float) -> list[str]:
+def next_steps(config: PipelineConfig, folder: Path, best: Steered) -> list[str]:
     """Commands and Python lines to try, with this run's own paths and a feature of it."""
-    db = config.database
+    db, feature, dose = config.database, best.feature.feature_id, f"{best.dose:g}"
     return [
         "",
         f"saebase show {feature} --db {db}",
-        f'saebase search "president" --db {db}',
+        f'saebase search "war" --db {db}',
         f'saebase query "SELECT label, density FROM features ORDER BY density DESC" --db {db}',
-        f'saebase active "Albert Einstein was born in Germany" --sae {folder} --db {db}',
-        f'saebase steer "{PROMPT}" --sae {folder} --clamp {feature}:{dose:g}',
+        f'saebase active "The army crossed the river" --sae {folder} --db {db}',
+        f'saebase steer "{PROMPT}" --sae {folder} --add {feature}:{dose}',
         "",
         "from activation_cache import LanguageModel",
         "from feature_db import FeatureDB",
-        "from interp import Clamp, steer",
+        "from interp import Add, steer",
         "from sae import SAE",
         f'lm, sae = LanguageModel.load("{config.model}"), SAE.load("{folder}")',
         f'db = FeatureDB.open("{db}")',
-        'db.search("president").df()',
-        f"with steer(lm, sae, {{{feature}: Clamp({dose:g})}}):",
+        'db.search("war").df()',
+        f"with steer(lm, sae, {{{feature}: Add({dose})}}):",
         f'    print(lm.generate("{PROMPT}"))',
     ]
 
@@ -191,8 +219,8 @@ def _brief(db: FeatureDB, clear: ClearFeature) -> Group:
     feature = db.feature(clear.feature_id)
     title = Text.assemble(
         (f"{clear.feature_id:>5}  ", "bold cyan"),
-        (feature.label or "", "bold"),
-        (f"  active on {clear.n_active:,} tokens", "dim"),
+        (feature.shown_label, "bold"),
+        (f"  active on {feature.n_active:,} tokens", "dim"),
     )
     contexts = [
         shaded_text(c.tokens, c.acts, peak=c.peak, highest=feature.max_act) for c in feature.top[:3]

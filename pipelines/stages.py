@@ -237,12 +237,12 @@ def _report_at(path: Path) -> Report | None:
 
 
 def _heading(console: Console, stage: str, what: str) -> None:
-    console.print(f"[bold cyan]{stage}[/]  {what}", highlight=False)
+    console.print(f"[bold cyan]{stage}[/]  {what}", highlight=False, soft_wrap=True)
 
 
 def _made(console: Console, lines: Sequence[str]) -> None:
     for line in lines:
-        console.print(f"  {line}", highlight=False, markup=False)
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     console.print()
 
 
