@@ -116,6 +116,7 @@ class FeatureDB:
         Raises: NotFoundError for an unknown feature, or more neighbours than the index keeps.
         """
         sae_id = self._sae_id(sae_id)
+        _require_positive(n, "n")
         found = self.sql(
             "SELECT neighbor_id, cosine, label, density FROM neighbors JOIN "
             "(SELECT sae_id, feature_id AS neighbor_id, label, density FROM features) "
@@ -126,8 +127,8 @@ class FeatureDB:
         if not len(found) or len(found) < n < self._d_sae(sae_id):
             self._require_feature(feature_id, sae_id)
             raise NotFoundError(
-                f"{n} neighbours asked for, {len(found)} kept: expected 1 to that many; index "
-                f"again with IndexConfig(n_neighbors={n}) for more"
+                f"{n} neighbours asked for, {len(found)} kept: ask for no more, or index again "
+                f"with IndexConfig(n_neighbors={n})"
             )
         return found
 
@@ -137,6 +138,7 @@ class FeatureDB:
         lm, sae: those that the database was made with.
         Raises: NotFoundError if the database holds another SAE, or was made with another model.
         """
+        _require_positive(n, "n")
         row = self._row_of(sae)
         if row["model_revision"] != lm.revision:
             raise NotFoundError(
@@ -208,6 +210,11 @@ class FeatureDB:
             f"{self.path} wasn't made from this SAE ({sae.architecture}, d_sae={sae.d_sae}, "
             f"{sae.hookpoint}); it holds {names}: pass one of these, or index this one"
         )
+
+
+def _require_positive(value: int, name: str) -> None:
+    if value < 1:
+        raise NotFoundError(f"{name}={value}: expected 1 or more")
 
 
 def one_line(message: str) -> str:

@@ -53,7 +53,7 @@ def check_fit(lm: "LanguageModel", saes: Sequence[IndexedSAE], cache: "Activatio
     """Raises: IndexingError if the model, the SAEs and the cache don't belong together."""
     for each in saes:
         provenance = cache.provenance(each.hookpoint)
-        _same_model(f"the model is {lm.name}", lm.name, lm.revision, provenance)
+        _same_model(f"the model is {lm.name}", lm.revision, provenance)
         width = cache.d_model(each.hookpoint)
         if width != each.sae.d_model:
             raise IndexingError(
@@ -63,7 +63,7 @@ def check_fit(lm: "LanguageModel", saes: Sequence[IndexedSAE], cache: "Activatio
         trained = each.sae.origin.provenance
         if "model_revision" in trained:
             made_from = f"SAE {each.name!r} was trained on {trained.get('model')}"
-            _same_model(made_from, trained.get("model"), trained["model_revision"], provenance)
+            _same_model(made_from, trained["model_revision"], provenance)
 
 
 def identity_hash(
@@ -134,12 +134,10 @@ def _report(folder: Path) -> Report | None:
         ) from None
 
 
-def _same_model(
-    what: str, name: str | None, revision: str | None, provenance: Mapping[str, Any]
-) -> None:
+def _same_model(what: str, revision: str | None, provenance: Mapping[str, Any]) -> None:
     if revision != provenance["model_revision"]:
         raise IndexingError(
             f"{what} (revision {str(revision)[:12]}); the cache was made with "
             f"{provenance['model']} (revision {str(provenance['model_revision'])[:12]}): "
-            f"pass what belongs to the cache{'' if name else ', or harvest again'}"
+            "pass what belongs to the cache, or harvest again"
         )

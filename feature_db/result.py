@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 _SHOWN_ROWS = 30
 _SHOWN_CHARACTERS = 120
 _SHOWN_ITEMS = 8
+# Columns of `contexts` that say nothing more beside the shaded text.
+_SHOWN_BY_SHADING = {"acts", "peak", "text", "token_ids"}
 
 
 class Result:
     """Rows of a query, all in memory.
 
     Iterating gives tuples; `len` is the number of rows. Where the columns `tokens` and `acts` are
-    both there, they are shown as one column of text shaded by activation.
+    both there, they are shown as text shaded by activation, and the other forms of it left out.
     """
 
     def __init__(self, table: pa.Table) -> None:
@@ -95,9 +97,10 @@ class Result:
             peak = names.index("peak") if "peak" in names else None
             for row in rows:
                 if _can_be_shaded(row[tokens], row[acts]):
-                    row[tokens] = _Shaded(row[tokens], row[acts], row[peak] if peak else None)
-            hidden = {acts} | ({peak} if peak is not None else set())
-            kept = [i for i in range(len(names)) if i not in hidden]
+                    row[tokens] = _Shaded(
+                        row[tokens], row[acts], None if peak is None else row[peak]
+                    )
+            kept = [i for i in range(len(names)) if names[i] not in _SHOWN_BY_SHADING]
             return [names[i] for i in kept], [[row[i] for i in kept] for row in rows]
         return names, rows
 

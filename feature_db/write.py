@@ -123,7 +123,16 @@ class Writer:
         top = state.top.of_features(where.first, where.stop)
         sample = state.sample.of_features(where.first, where.stop)
         chosen = tables.choose_quantiles(sample, self._config)
-        return tables.contexts_table(where, top, chosen, self._spool, self.words.arrow)
+        contexts = tables.contexts_table(where, top, chosen, self._spool, self.words.arrow)
+        return self._with_whole_characters(contexts)
+
+    def _with_whole_characters(self, contexts: pa.Table) -> pa.Table:
+        """The same, `text` decoded as a whole where a character is spread over tokens."""
+        is_split = pc.match_substring(contexts.column("text"), "<0x").combine_chunks()
+        token_ids = contexts.column("token_ids").filter(is_split).to_pylist()
+        texts = pa.array([self._lm.tokenizer.decode(ids) for ids in token_ids], pa.string())
+        text = pc.replace_with_mask(contexts.column("text").combine_chunks(), is_split, texts)
+        return contexts.set_column(contexts.column_names.index("text"), "text", text)
 
     def _effects(self, where: Features, W_dec: torch.Tensor) -> LogitEffects | None:
         """Logit effects, or None where the SAE isn't as wide as the residual stream."""

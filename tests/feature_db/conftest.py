@@ -1,5 +1,6 @@
 """A tiny random GPT-2, a real cache of it and two real SAEs, made once for all tests here."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from sae import SAE, BatchTopKConfig, Origin, TopKConfig
 HOOKPOINT = "layers.1.resid_post"
 SUBJECTS = ["The president", "A keeper of keys", "Every judge", "The golden gate", "Café owners"]
 VERBS = ["spoke of", "opened", "ruled on", "stood before", "forgot"]
-OBJECTS = ["the treaty", "many doors", "a court", "the bay <b>", "their\nnames", "été"]
+OBJECTS = ["the treaty", "many doors", "a court", "the bay <b>", "their\nnames", "été", "日本"]
 
 
 class World(NamedTuple):
@@ -114,6 +115,6 @@ def small_config(**changes: object) -> IndexConfig:
 
 
 @pytest.fixture
-def db(world: World) -> FeatureDB:
+def db(world: World) -> "Iterator[FeatureDB]":
     with FeatureDB.open(world.path) as opened:
         yield opened

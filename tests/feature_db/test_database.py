@@ -209,6 +209,7 @@ def test_neighbors_are_labelled_and_bounded(db: FeatureDB) -> None:
     assert len(found) == 2
     assert "n_neighbors=9" in one_line_error(NotFoundError, lambda: db.neighbors(3, 9))
     assert "0 to 47" in one_line_error(NotFoundError, lambda: db.neighbors(99))
+    assert "n=0: expected 1" in one_line_error(NotFoundError, lambda: db.neighbors(3, 0))
 
 
 # -- search ----------------------------------------------------------------------------------------
