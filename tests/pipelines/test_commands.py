@@ -207,22 +207,22 @@ def test_wandb_takes_the_metrics_offline(
 def test_an_interrupted_train_says_so_and_goes_on(small_run: SmallRun, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipelines", "train", "--acts", str(small_run.acts)]
     command += ["--out", str(tmp_path / "sae"), "--d-sae", "64", "--k", "4"]
-    command += ["--batch-size", "128", "--n-steps", "3000", "--log-every-steps", "1"]
+    command += ["--batch-size", "128", "--n-steps", "400", "--log-every-steps", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "sae" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size > 2_000):
+    while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size > 600):
         pass
     process.terminate()
     _, err = process.communicate()
     assert process.returncode == 130
     assert err == "saebase: interrupted; the same command goes on from here\n"
     step = json.loads(metrics.read_text().splitlines()[-1])["step"]
-    assert 0 < step < 3000
+    assert 0 < step < 400
     assert list((tmp_path / "sae" / "checkpoints").glob("step-*"))
-    short = [*command[:-4], "--n-steps", "3000", "--log-every-steps", "1"]
+    short = [*command[:-4], "--n-steps", "400", "--log-every-steps", "1"]
     assert subprocess.run(short, capture_output=True).returncode == 0
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == list(range(1, 3001))
+    assert steps == list(range(1, 401))
 
 
 def test_no_argument_shows_the_help(saebase: Saebase) -> None:

@@ -1,0 +1,51 @@
+"""The documentation names what there is, and nothing that there is not."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from feature_db.schema import migrations
+from pipelines.cli import app, run
+
+ROOT = Path(__file__).parent.parent
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+
+
+def verbs() -> set[str]:
+    run(["--version"])
+    return {name for name in app if not name.startswith("-")}
+
+
+def test_every_command_is_documented_and_every_documented_command_exists() -> None:
+    text = (ROOT / "docs" / "commands.md").read_text()
+    assert set(re.findall(r"`saebase ([a-z]+)", text)) == verbs()
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS], ids=lambda page: page.name)
+def test_pages_speak_of_existing_commands_and_files(page: Path) -> None:
+    text = page.read_text()
+    assert set(re.findall(r"`saebase ([a-z]+) ", text)) <= verbs()
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_table_and_column_of_the_database_is_documented() -> None:
+    text = (ROOT / "docs" / "database.md").read_text()
+    for _, sql in migrations():
+        for table, columns in re.findall(r"CREATE TABLE (\w+) \((.*?)\);", sql, flags=re.S):
+            if table == "meta":
+                continue
+            assert f"## {table}" in text, table
+            section = text.partition(f"## {table}\n")[2].partition("\n## ")[0]
+            for column in re.findall(r"^\s+(\w+) [A-Z]+", columns, flags=re.M):
+                if column != "PRIMARY":
+                    assert f"`{column}`" in section, f"{table}.{column}"
+
+
+def test_the_architecture_page_names_every_module() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for package in ("activation_cache", "sae", "feature_db", "interp", "pipelines"):
+        for file in (ROOT / package).glob("*.py"):
+            if not file.name.startswith("__"):
+                assert f"`{file.stem}`" in text, f"{package}/{file.name} is not on the map"
