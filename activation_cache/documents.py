@@ -20,7 +20,7 @@ import xxhash
 
 from .errors import CorpusError
 from .hub import hub_answers
-from .wikipedia import demo_articles, demo_articles_file
+from .wikipedia import PROSE_VERSION, demo_articles, demo_articles_file
 
 FILE_SUFFIXES = (".jsonl", ".txt", ".parquet")
 TXT_DOCUMENT_CHARS = 8_192
@@ -76,7 +76,8 @@ def open_corpus(
         return _from_object(data, text_column)
     name, path = str(data), Path(data).expanduser()
     if name == "demo":
-        return Corpus(name, _files_revision([demo_articles_file()]), _demo_documents)
+        revision = f"{_files_revision([demo_articles_file()])}/prose{PROSE_VERSION}"
+        return Corpus(name, revision, _demo_documents)
     try:
         files = _text_files(path)
     except OSError as error:  # no file's name is so long

@@ -18,7 +18,10 @@ _FILE = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 _NOT_PROSE = re.compile(
     r"^\s*(thumb|left|right|upright|frame|\d+px|Category:|File:|Image:|\{\||\||!|[*#:;]).*$", re.M
 )
-_FOOTNOTE = re.compile(r"<ref[^>/]*/>|<ref.*?</ref>", re.S | re.I)
+PROSE_VERSION = 2
+"""Raised when `prose_of` makes another text of the same article: a part of the text's revision."""
+_FOOTNOTE = re.compile(r"<!--.*?-->|<ref[^<>]*/>|<ref[^<>]*>.*?</ref>", re.S | re.I)
+_NOT_TEXT_LINK = re.compile(r"\s*(File|Image|Category):", re.I)
 _LAST_SECTIONS = re.compile(r"^\s*(See also|References|Notes|External links|Further reading)\s*$")
 
 
@@ -57,7 +60,11 @@ def prose_of(wikitext: str) -> str:
         raise CorpusError(
             "data 'demo' is wikitext and needs a parser: pip install mwparserfromhell"
         ) from error
-    text = str(mwparserfromhell.parse(_FOOTNOTE.sub("", wikitext)).strip_code())
+    code = mwparserfromhell.parse(_FOOTNOTE.sub("", wikitext))
+    for link in code.filter_wikilinks(recursive=False):
+        if _NOT_TEXT_LINK.match(str(link.title)):
+            code.remove(link)  # captions would stand in the middle of sentences
+    text = str(code.strip_code())
     lines: list[str] = []
     for line in _NOT_PROSE.sub("", text).splitlines():
         if _LAST_SECTIONS.match(line):

@@ -105,9 +105,12 @@ class Steered(NamedTuple):
 
 
 def demo_config(out: Path) -> PipelineConfig:
-    """The demo's configuration; the model in bfloat16 where this CPU is fast at it."""
-    dtype = "bfloat16" if has_fast_bfloat16() else "auto"
-    return read_config(CONFIG, out=str(out), dtype=dtype)
+    """The demo's configuration; products in bfloat16 where this CPU is fast at them."""
+    config = read_config(CONFIG, out=str(out))
+    if not has_fast_bfloat16():
+        return config
+    train = config.train.model_copy(update={"nominate_in": "bfloat16"})
+    return config.model_copy(update={"dtype": "bfloat16", "train": train})
 
 
 def show_demo(config: PipelineConfig, seconds: Mapping[str, float], console: Console) -> None:
