@@ -18,7 +18,7 @@ from activation_cache import LanguageModel, harvest, open_corpus
 
 
 class _Stop(Exception):
-    pass
+    """Leaves the forward pass."""
 
 
 def bare_forward(lm: LanguageModel, layer: int, batches: list[torch.Tensor]) -> None:
@@ -57,10 +57,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--layer", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--ctx-len", type=int, default=256)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     lm = LanguageModel.load(args.model, dtype=args.dtype)
-    hookpoint, ctx_len, batch_blocks = f"layers.{args.layer}.resid_post", 256, 8
+    hookpoint, ctx_len, batch_blocks = f"layers.{args.layer}.resid_post", args.ctx_len, 8
     n_batches = args.tokens // (ctx_len * batch_blocks)
     texts = [d.text for d in itertools.islice(open_corpus(args.dataset).documents(), 200)]
     ids = torch.randint(10, lm.tokenizer.vocab_size, (n_batches, batch_blocks, ctx_len))

@@ -123,10 +123,14 @@ def compare(
     temperature: float = 0.0,
     seed: int = 0,
     hookpoint: str | None = None,
+    baseline: str | None = None,
 ) -> SteeringOutcome:
-    """Continue `prompt` without and with steering, and measure what changed."""
+    """Continue `prompt` without and with steering, and measure what changed.
+
+    baseline: the unsteered text, if it is known from an earlier call with the same prompt.
+    """
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    baseline = lm.generate(prompt, **sampling)  # type: ignore[arg-type]
+    baseline = baseline or lm.generate(prompt, **sampling)  # type: ignore[arg-type]
     with steer(lm, sae, operations, hookpoint=hookpoint):
         steered = lm.generate(prompt, **sampling)  # type: ignore[arg-type]
         logits = lm.logits(steered)

@@ -123,7 +123,7 @@ def show_demo(config: PipelineConfig, seconds: Mapping[str, float], console: Con
             console.print(_brief(db, feature))
         console.print(Rule("three questions in SQL", align="left"))
         for question, sql in QUERIES.items():
-            console.print(f"[bold]{question}[/]{sql}", highlight=False)
+            console.print(f"[bold]{question}[/]{sql}", highlight=False, soft_wrap=True)
             console.print(db.sql(sql))
     console.print(Rule("one prompt, unsteered and steered", align="left"))
     lm = LanguageModel.load(config.model, device=config.device, dtype=config.dtype)
@@ -139,7 +139,7 @@ def show_demo(config: PipelineConfig, seconds: Mapping[str, float], console: Con
     console.print(outcome_table(best.outcome))
     console.print(Rule("timing and what to try next", align="left"))
     console.print(timing_table(config, seconds))
-    console.print(Text("\n".join(next_steps(config, folder, best))))
+    console.print(Text("\n".join(next_steps(config, folder, best))), soft_wrap=True)
 
 
 def clear_features(db: FeatureDB, n: int) -> list[ClearFeature]:
@@ -156,11 +156,12 @@ def clear_features(db: FeatureDB, n: int) -> list[ClearFeature]:
 
 def steered_examples(lm: LanguageModel, sae: SAE, features: list[ClearFeature]) -> list[Steered]:
     """Every feature at every dose; those that stay readable, or all if none does."""
-    tried = []
+    tried, baseline = [], None
     for feature in features[:6]:
         for dose in DOSES:
             add = {feature.feature_id: Add(dose)}
-            outcome = compare(lm, sae, add, PROMPT, max_new_tokens=32)
+            outcome = compare(lm, sae, add, PROMPT, max_new_tokens=32, baseline=baseline)
+            baseline = outcome.baseline
             tried.append(Steered(feature, dose, outcome, echo(lm, sae, feature, outcome.steered)))
     readable = [
         t for t in tried if t.outcome.steered_perplexity < READABLE * t.outcome.baseline_perplexity

@@ -2,8 +2,8 @@
 
 In: a `PipelineConfig`. Out: a `Plan`. The model's configuration alone is read, not its weights; the
 machine's speed is measured with one matrix product of a fraction of a second. Times are estimates:
-`EFFICIENCY` is the share of that product's speed which whole stages reached on the machines where
-they were measured (docs/performance.md).
+the constants below turn it into that of whole stages, as measured on the demo
+(docs/performance.md).
 """
 
 import shutil
@@ -21,14 +21,17 @@ from sae import TrainConfig
 
 from .config import PipelineConfig
 
-EFFICIENCY = {"cpu": 0.7, "cuda": 0.4, "mps": 0.4}
-TRAIN_PRODUCTS = 1.6
+MODEL_EFFICIENCY = 0.55
+SAE_EFFICIENCY = 0.7
+TRAIN_PRODUCTS = {"float32": 1.5, "bfloat16": 1.1}
 """A training step over one float32 encoder product of its size (benchmarks/train.py)."""
-INDEX_S_PER_TOKEN = 25e-6
+INDEX_S_PER_TOKEN = 60e-6
 DATABASE_BYTES_PER_FEATURE = 9_000
 OPTIMIZER_COPIES = 4
 """Float32 copies of the weights in training: weights, gradients, and Adam's two moments."""
 FORWARDS_IN_EVALUATION = 6
+EVALUATION_OVERHEAD = 2.5
+"""What softmaxes over the vocabulary and the baselines cost on top of the forward passes."""
 
 
 class StagePlan(NamedTuple):
@@ -95,8 +98,8 @@ def make_plan(config: PipelineConfig) -> Plan:
     shape = model_shape(config.model)
     dtype = resolve_dtype(config.dtype, config.device)
     device = resolve_device(config.device)
-    model_speed = measured_flops(device, dtype) * EFFICIENCY.get(device.type, 0.4)
-    sae_speed = measured_flops(device, torch.float32) * EFFICIENCY.get(device.type, 0.4)
+    model_speed = measured_flops(device, dtype) * MODEL_EFFICIENCY
+    sae_speed = measured_flops(device, torch.float32) * SAE_EFFICIENCY
     model_bytes = shape.n_params * dtype.itemsize
     stages = [_harvest_plan(config, shape, model_bytes, model_speed)]
     for _ in config.hookpoints:
@@ -178,7 +181,12 @@ def _train_plan(config: PipelineConfig, d_model: int, flops: float) -> StagePlan
         n_tokens,
         weights * (1 + checkpoints),
         weights * OPTIMIZER_COPIES + 2 * window + scores,
-        n_tokens * TRAIN_PRODUCTS * 2 * config.sae.d_sae * d_model / flops,
+        n_tokens
+        * TRAIN_PRODUCTS[config.train.nominate_in]
+        * 2
+        * config.sae.d_sae
+        * d_model
+        / flops,
     )
 
 
@@ -192,7 +200,7 @@ def _evaluate_plan(
     config: PipelineConfig, model: ModelShape, model_bytes: int, flops: float
 ) -> StagePlan:
     n_tokens = config.evaluate.n_lm_tokens
-    per_token = FORWARDS_IN_EVALUATION * 2 * model.n_params
+    per_token = FORWARDS_IN_EVALUATION * EVALUATION_OVERHEAD * 2 * model.n_params
     logits = config.evaluate.lm_batch_size * config.harvest.ctx_len * model.vocab_size * 4 * 4
     return StagePlan("evaluate", n_tokens, 10e3, model_bytes + logits, n_tokens * per_token / flops)
 

@@ -50,8 +50,9 @@ class StageProgress:
     def elapsed_s(self) -> float:
         return time.perf_counter() - self._start
 
-    def update(self, done: int, total: int, note: str = "") -> None:
-        """done, total: in the stage's unit. note: figures of the moment, such as `FVU 0.21`."""
+    def update(self, done: int, total: int, note: str = "", *, unit: str = "") -> None:
+        """done, total: in the stage's unit, or in `unit`. note: figures of the moment."""
+        self._unit = unit or self._unit
         self._done, self._total, self._note = min(done, total), total, note
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=self._done, total=total, note=note)
@@ -66,7 +67,8 @@ class StageProgress:
             self._note,
             f"{self.elapsed_s:.0f} s",
         ]
-        self._console.print("  " + "  ".join(part for part in parts if part), highlight=False)
+        line = "  ".join(part for part in parts if part)
+        self._console.print(f"  {line}", highlight=False, soft_wrap=True)
 
 
 def _bar(console: Console) -> Progress:

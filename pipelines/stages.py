@@ -20,11 +20,23 @@ from activation_cache import (
     harvest,
 )
 from feature_db import FeatureDB, IndexConfig, IndexProgress, build_index
-from sae import SAE, EvalConfig, Metrics, Report, SAEConfig, TrainConfig, evaluate, train
+from sae import (
+    SAE,
+    EvalConfig,
+    Metrics,
+    Report,
+    SAEConfig,
+    TrainConfig,
+    TrainingStoppedError,
+    evaluate,
+    train,
+)
+from sae.schedule import resolve
 from sae.storage import read_description
 
 from .config import PipelineConfig
 from .errors import PipelineError
+from .interruption import stop_asked
 from .progress import StageProgress
 from .trackers import Tracker
 
@@ -116,17 +128,29 @@ def train_stage(
 ) -> SAE:
     """Activations -> SAE, with progress."""
     _heading(console, "train", f"{hookpoint} of {acts.path} -> {out}")
-    n_batch = train_config.batch_size
+    n_steps = resolve(train_config, sae_config, acts, hookpoint).n_steps or 0
+    n_tokens = n_steps * train_config.batch_size
     with StageProgress(console, "train", "tokens") as progress:
 
         def show(m: Metrics) -> None:
             note = f"FVU {m.fvu:.3f}  L0 {m.l0:.1f}  dead {m.dead_fraction:.1%}"
-            total = (train_config.n_steps or 0) * n_batch or train_config.n_tokens or m.n_tokens
-            progress.update(m.n_tokens, total, f"{note}  {m.tokens_per_s:,.0f} tokens/s")
+            progress.update(m.n_tokens, n_tokens, f"{note}  {m.tokens_per_s:,.0f} tokens/s")
             for tracker in trackers:
                 tracker.metrics(m)
 
-        sae = train(acts, hookpoint, sae_config, train_config, out=out, on_metrics=show).sae
+        with stop_asked() as should_stop:
+            try:
+                sae = train(
+                    acts,
+                    hookpoint,
+                    sae_config,
+                    train_config,
+                    out=out,
+                    on_metrics=show,
+                    should_stop=should_stop,
+                ).sae
+            except TrainingStoppedError as error:
+                raise KeyboardInterrupt from error
     _made(console, sae_lines(sae))
     return sae
 
@@ -172,10 +196,10 @@ def index_stage(
 ) -> Path:
     """SAEs + activations -> the feature database."""
     _heading(console, "index", f"{', '.join(map(str, folders))} -> {out}")
-    with StageProgress(console, "index", "done") as progress:
+    with StageProgress(console, "index", "tokens") as progress:
 
         def show(p: IndexProgress) -> None:
-            progress.update(p.done, p.total, p.stage)
+            progress.update(p.done, p.total, unit=p.stage)
 
         path = build_index(
             load_lm(), folders, acts, out=out, config=config, on_progress=show, overwrite=overwrite
