@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import duckdb
 
 from sae import SAE
+from sae.atomic_files import commit
 
 from .collect import SAEState, TokenSpool, collect
 from .config import IndexConfig, IndexProgress, OnProgress
@@ -78,7 +79,7 @@ def build_index(
             _write_meta(connection, identity, cache, config)
         finally:
             connection.close()
-        _publish(made, path)
+        commit(made, path)
     return path
 
 
@@ -173,21 +174,6 @@ def _sweep(folder: Path) -> None:
             shutil.rmtree(entry)
         elif entry.name != "lock":
             entry.unlink()
-
-
-def _publish(made: Path, path: Path) -> None:
-    """Make the finished file durable, then visible."""
-    _fsync(made)
-    made.replace(path)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _ignore(progress: IndexProgress) -> None:

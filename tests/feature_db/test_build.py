@@ -25,7 +25,7 @@ def build(world: World, out: Path, **options: object) -> Path:
 
 
 @pytest.mark.parametrize(
-    "step", ["feature_db.build._publish", "feature_db.write._sae_row", "feature_db.build.collect"]
+    "step", ["feature_db.build.commit", "feature_db.write._sae_row", "feature_db.build.collect"]
 )
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_failed_build_leaves_nothing(
@@ -53,7 +53,7 @@ def test_failed_overwrite_leaves_the_old_database(
     def fail(_: object) -> None:
         raise OSError("fault")
 
-    monkeypatch.setattr("feature_db.build._fsync", fail)
+    monkeypatch.setattr("sae.atomic_files.fsync", fail)
     with pytest.raises(OSError, match="fault"):
         build(world, path, config=small_config(n_top=3), overwrite=True)
     assert path.read_bytes() == before
