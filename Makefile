@@ -1,6 +1,6 @@
 # Every target makes .venv when it is missing or when what it was made from has changed.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format types check clean
+.PHONY: help demo test test-slow test-gpu lint format types check clean
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -25,6 +25,9 @@ test: $(STAMP)  ## the tests: under ten minutes on two cores, offline
 
 test-slow: $(STAMP)  ## the tests that take longer
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(STAMP)  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
 
 lint: $(STAMP)  ## ruff: lint and formatting
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

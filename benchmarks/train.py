@@ -34,25 +34,35 @@ def state(config: SAEConfig, settings: TrainConfig, x: torch.Tensor) -> Training
     return made
 
 
+def synchronized(result: object) -> object:
+    """The result, once the GPU has really made it."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--d-model", type=int, default=576)
     parser.add_argument("--d-sae", type=int, default=4608)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    x = rows(args.batch, args.d_model)
-    W_enc = torch.randn(args.d_model, args.d_sae)
+    x = rows(args.batch, args.d_model).to(args.device)
+    W_enc = torch.randn(args.d_model, args.d_sae, device=args.device)
     settings = TrainConfig(n_steps=1000, batch_size=args.batch, lr=1e-3, warmup_steps=0)
-    settings = settings.model_copy(update={"dead_after_tokens": 10**12, "device": "cpu"})  # no AuxK
-    candidates = {"float32 encoder product": lambda: x @ W_enc}
+    # No feature dies, so AuxK costs nothing here.
+    settings = settings.model_copy(update={"dead_after_tokens": 10**12, "device": args.device})
+    candidates = {"float32 encoder product": lambda: synchronized(x @ W_enc)}
+    precisions = ("float32", "bfloat16") if args.device == "cpu" else ("float32",)
     for kind in (BatchTopKConfig, TopKConfig):
-        for precision in ("float32", "bfloat16"):
+        for precision in precisions:
             chosen = settings.model_copy(update={"nominate_in": precision})
             trained = state(kind(d_sae=args.d_sae, k=args.k), chosen, x)
             name = kind.__name__.removesuffix("Config")
-            candidates[f"{name} step, {precision}"] = lambda t=trained: t.advance(x)
+            candidates[f"{name} step, {precision}"] = lambda t=trained: synchronized(t.advance(x))
     seconds = in_turn(candidates, max(args.repeat, 5))
     product = seconds["float32 encoder product"]
     results = [
