@@ -55,11 +55,12 @@ def spliced_losses(
         clean = _log_probabilities(lm, token_ids, is_counted)
         targets = token_ids[:, 1:][is_counted].to(clean.device)
         clean_sum += _cross_entropy_sum(clean, targets)
+        probabilities = clean.exp()
         for name, replacement in replacements.items():
             with lm.edit({hookpoint: _in_domain_only(replacement, max_norm)}):
                 replaced = _log_probabilities(lm, token_ids, is_counted)
             ce_sum, kl_sum = sums[name]
-            divergence = float((clean.exp() * (clean - replaced)).double().sum())
+            divergence = float((probabilities * (clean - replaced)).sum(1).double().sum())
             sums[name] = (ce_sum + _cross_entropy_sum(replaced, targets), kl_sum + divergence)
         n_counted += len(targets)
         if n_counted >= n_tokens:
