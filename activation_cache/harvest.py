@@ -1,6 +1,6 @@
 """Tokens -> activations on disk.
 
-    saebase harvest --model gpt2 --data corpus.jsonl --hookpoints layers.6.resid_post --out acts
+    saebase harvest --model gpt2 --dataset corpus.jsonl --hookpoints layers.6.resid_post --out acts
 
 In: a `LanguageModel` and a text source. Out: an `ActivationCache`: `manifest.json`, then shards of
 whole token blocks, each committed by its record. Interrupted at any moment and called again, it
@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .cache import ActivationCache
 from .documents import Corpus, open_corpus
 from .durable import LOCK, PARTIAL_SUFFIX, locked
-from .errors import CacheError, CacheMismatch, CorpusError, DiskFull
+from .errors import CacheError, CacheMismatch, CorpusError, DiskFull, ModelError
 from .language_model import LanguageModel
 from .manifest import MANIFEST, SHARDS, Fingerprint, Manifest, ShardRecord, read_records, sweep
 from .packing import PackedBlock, Packing, Position, pack
@@ -119,6 +119,10 @@ def fingerprint_of(
         raise CacheError(
             f"{lm.name} is being edited: a cache holds what the plain model makes, so close the "
             "edit first"
+        )
+    if not lm.is_causal:
+        raise ModelError(
+            f"{lm.name} is no causal language model: its predictions depend on later tokens"
         )
     longest = lm.max_ctx_len
     if longest and config.ctx_len > longest:

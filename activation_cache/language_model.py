@@ -110,6 +110,18 @@ class LanguageModel:
         """Rows of the embedding: at least the number of tokens that the tokenizer knows."""
         return int(self.model.get_input_embeddings().weight.shape[0])
 
+    @cached_property
+    def is_causal(self) -> bool:
+        """Whether what is predicted at a position depends on the tokens up to it alone.
+
+        Measured: the last of a few tokens is exchanged, and earlier logits must stay.
+        """
+        ids = torch.arange(8)[None] % self.vocab_size
+        other = ids.clone()
+        other[0, -1] = self.vocab_size - 1
+        before, after = (self.logits(each)[0, :-1].float() for each in (ids, other))
+        return bool((before - after).abs().max() <= 1e-3 * before.abs().max())
+
     @property
     def max_ctx_len(self) -> int | None:
         """The longest sequence that the model has positions for, or None where it has no limit."""
@@ -215,6 +227,8 @@ class LanguageModel:
             cut at the most likely tokens) are off.
         Raises: ModelError as `token_batch` does, or for a negative temperature.
         """
+        if max_new_tokens < 1:
+            raise ModelError(f"max_new_tokens={max_new_tokens}: expected 1 or more")
         if temperature < 0:
             raise ModelError(f"temperature={temperature}: expected 0 (greedy) or more")
         token_ids, mask = self.token_batch(prompt)

@@ -39,11 +39,15 @@ class FeatureDB:
         self.path = path
 
     @classmethod
-    def open(cls, path: str | Path, *, read_only: bool = True) -> "FeatureDB":
+    def open(
+        cls, path: str | Path, *, read_only: bool = True, external_access: bool = True
+    ) -> "FeatureDB":
         """Open a database that `build_index` made.
 
         read_only: several processes may read at once; only one may have it open for writing. An
             older schema is brought up to date when it is opened for writing.
+        external_access: whether SQL may read and write other files (COPY, read_csv, ATTACH); a
+            read-only database alone does not keep COPY from writing one.
         Raises: OpenError if it is missing, no feature database, torn or in use;
             SchemaVersionError if it is of another version.
         """
@@ -59,6 +63,9 @@ class FeatureDB:
             check_version(version, str(path), may_migrate=not read_only)
             if not read_only:
                 migrate(connection, version)
+            if not external_access:
+                connection.execute("SET enable_external_access = false")
+                connection.execute("SET lock_configuration = true")
         except BaseException:
             connection.close()
             raise

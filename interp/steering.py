@@ -172,9 +172,13 @@ def _mean_kl(logits_p: Tensor, logits_q: Tensor) -> float:
 
 
 def _require_dose(sae: SAE, feature_id: int, operation: Operation) -> None:
-    if not 0 <= feature_id < sae.d_sae:
+    if not isinstance(operation, Operation):
         raise SteeringError(
-            f"unknown feature {feature_id}: this SAE has features 0 to {sae.d_sae - 1}"
+            f"feature {feature_id}: expected Add, Clamp or Ablate, got {operation!r}"
+        )
+    if not isinstance(feature_id, int) or not 0 <= feature_id < sae.d_sae:
+        raise SteeringError(
+            f"unknown feature {feature_id!r}: this SAE has features 0 to {sae.d_sae - 1}"
         )
     if isinstance(operation, Ablate):
         return

@@ -210,19 +210,22 @@ def index_stage(
 
 
 def cache_lines(acts: ActivationCache) -> list[str]:
-    """What a cache holds, in sentences."""
-    manifest, hookpoint = acts.manifest, acts.hookpoints[0]
-    ended = " (the text ended before the wanted number)" if manifest.is_exhausted else ""
-    held_out, massive = (
-        acts.n_rows(hookpoint, split="heldout"),
-        acts.n_massive(hookpoint, split="all"),
-    )
-    return [
+    """What a cache holds, in sentences; one for each hookpoint."""
+    ended = " (the text ended before the wanted number)" if acts.manifest.is_exhausted else ""
+    lines = [
         f"{acts.n_tokens:,} tokens of {acts.n_documents:,} documents{ended}, "
-        f"{acts.n_bytes / 1e6:,.0f} MB in {acts.path}",
-        f"{acts.n_rows(hookpoint):,} rows to train on, {held_out:,} held out by document, "
-        f"{massive:,} of massive norm (above {acts.max_norm(hookpoint):,.0f}) left out",
+        f"{acts.n_bytes / 1e6:,.0f} MB in {acts.path}"
     ]
+    for hookpoint in acts.hookpoints:
+        held_out = acts.n_rows(hookpoint, split="heldout")
+        lines.append(
+            f"{hookpoint}: {acts.n_rows(hookpoint):,} rows to train on, {held_out:,} held out by "
+            f"document, {acts.n_massive(hookpoint, split='all'):,} of massive norm (above "
+            f"{acts.max_norm(hookpoint):,.0f}) left out"
+        )
+        if held_out == 0:
+            lines.append("nothing is held out: evaluation needs a text of at least two documents")
+    return lines
 
 
 def sae_lines(sae: SAE) -> list[str]:

@@ -35,7 +35,7 @@ class WandbTracker:
             self._run = wandb.init(project=project, name=name, config=config)
         except (wandb.Error, OSError) as error:
             raise PipelineError(
-                f"wandb did not start: {error}. Log in with `wandb login`, or set "
+                f"wandb did not start: {str(error).rstrip('.')}. Log in with `wandb login`, or set "
                 "WANDB_MODE=offline"
             ) from error
 

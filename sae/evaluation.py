@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from sae.sources import ActivationSource, SplicedModel
 from sae.splicing import Replacement, SplicedLosses, spliced_losses
 
 DEFAULTS = EvalConfig()
+# Nats a token that ablation must cost, or no fraction of that is worth telling.
+LEAST_COST = 0.02
 # A feature active in more rows than this is dense.
 DENSE = 0.1
 
@@ -178,9 +180,9 @@ def _cross_entropy(losses: SplicedLosses) -> CrossEntropy:
 
 
 def _recovered(losses: SplicedLosses, name: str) -> float | None:
-    """How much of the loss that ablation costs is there again; None if it costs nothing."""
+    """How much of the loss that ablation costs is there again; None if it costs next to nothing."""
     ablated = losses.replaced["zero"].cross_entropy
-    if ablated == losses.clean:
+    if abs(ablated - losses.clean) < LEAST_COST:
         return None
     return (ablated - losses.replaced[name].cross_entropy) / (ablated - losses.clean)
 
@@ -242,6 +244,7 @@ def _fitting_hookpoint(sae: SAE, source: ActivationSource, hookpoint: str | None
     if hookpoint is None:
         raise SourceError("this SAE doesn't say where it was trained; give hookpoint")
     provenance, d_model = source.provenance(hookpoint), source.d_model(hookpoint)
+    _require_same_split(provenance, sae.origin.provenance)
     found, expected = provenance.get("model"), sae.origin.provenance.get("model")
     if d_model != sae.d_model:
         raise SourceError(
@@ -254,3 +257,15 @@ def _fitting_hookpoint(sae: SAE, source: ActivationSource, hookpoint: str | None
             "matching cache, or harvest again"
         )
     return hookpoint
+
+
+def _require_same_split(found: dict[str, Any], trained: dict[str, Any]) -> None:
+    """Raises: SourceError if rows that count as held out here may have been trained on."""
+    if any(found.get(name) != trained.get(name) for name in ("data", "data_revision")):
+        return  # another text: none of it was trained on
+    here, then = found.get("heldout_fraction"), trained.get("heldout_fraction")
+    if here != then:
+        raise SourceError(
+            f"the source has heldout_fraction={here}, this SAE was trained with {then}: rows that "
+            "count as held out here may have been trained on. Open the cache with the same value"
+        )

@@ -1,13 +1,18 @@
 """Verbs that ask a feature database: query, search, show, active."""
 
+import csv
+import io
+import json
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from feature_db import FeatureDB
+from feature_db import FeatureDB, Result
 from sae import SAE
 
 from ..cli import app, console
+from ..errors import PipelineError
 from ..stages import model_of
 from .arguments import DEFAULT_DATABASE, Database, Device, Dtype, Limit, Sae, SaeId
 
@@ -21,15 +26,35 @@ def query(
         Literal["table", "csv", "json"], Parameter(name=["--format"], help="How to print it.")
     ] = "table",
 ) -> None:
-    """Ask SQL of the database, read-only. `SHOW TABLES` lists what there is."""
-    with FeatureDB.open(db) as features:
+    """Ask SQL of the database, which can't be changed; other files can't be read or written.
+
+    `SHOW TABLES` lists what there is.
+    """
+    if not sql.strip(" ;\n\t"):
+        raise PipelineError("the SQL is empty: give one statement, such as SHOW TABLES")
+    with FeatureDB.open(db, external_access=False) as features:
         result = features.sql(sql)
-        if output == "csv":
-            console.file.write(result.df().to_csv(index=False))
-        elif output == "json":
-            console.file.write(result.df().to_json(orient="records", lines=True))
-        else:
+        if output == "table":
             console.print(result)
+            return
+        for line in plain_rows(result, output):
+            console.file.write(line)
+
+
+def plain_rows(result: Result, output: Literal["csv", "json"]) -> Iterator[str]:
+    """A result as lines of CSV, or of JSON objects. Lists are JSON in both."""
+    if output == "json":
+        for row in result.arrow().to_pylist():
+            yield json.dumps(row, ensure_ascii=False, default=str) + "\n"
+        return
+    line = io.StringIO()
+    writer = csv.writer(line, lineterminator="\n")
+    for values in (result.columns, *result.fetchall()):
+        writer.writerow(
+            json.dumps(v, ensure_ascii=False) if isinstance(v, list | tuple) else v for v in values
+        )
+        yield line.getvalue()
+        line.seek(line.truncate(0))
 
 
 @app.command

@@ -36,12 +36,7 @@ def steer(
     dtype: Dtype = "auto",
 ) -> None:
     """Continue a prompt without and with features added, clamped or ablated."""
-    operations: dict[int, Operation] = {}
-    operations |= {i: Add(strength) for i, strength in map(_dose, add or [])}
-    operations |= {i: Clamp(strength) for i, strength in map(_dose, clamp or [])}
-    operations |= {i: Ablate() for i in ablate or []}
-    if not operations:
-        raise PipelineError("nothing to steer by: give --add, --clamp or --ablate")
+    operations = _operations(add or [], clamp or [], ablate or [])
     with console.status("generating"):
         loaded = SAE.load(sae)
         outcome = compare(
@@ -54,6 +49,20 @@ def steer(
             seed=seed,
         )
     console.print(outcome_table(outcome))
+
+
+def _operations(add: list[str], clamp: list[str], ablate: list[int]) -> dict[int, Operation]:
+    """One operation a feature. Raises: PipelineError for none, or two of the same feature."""
+    given: list[tuple[int, Operation]] = [(i, Add(dose)) for i, dose in map(_dose, add)]
+    given += [(i, Clamp(dose)) for i, dose in map(_dose, clamp)]
+    given += [(i, Ablate()) for i in ablate]
+    if not given:
+        raise PipelineError("nothing to steer by: give --add, --clamp or --ablate")
+    operations = dict(given)
+    if len(operations) < len(given):
+        twice = next(i for i, _ in given if [j for j, _ in given].count(i) > 1)
+        raise PipelineError(f"feature {twice} is given two doses: give it one")
+    return operations
 
 
 def _dose(text: str) -> tuple[int, float]:

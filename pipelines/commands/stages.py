@@ -1,6 +1,7 @@
 """Verbs that make artifacts one by one: harvest, train, evaluate, index, verify."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
@@ -37,8 +38,11 @@ def harvest(
 ) -> None:
     """Store a model's activations over a text on disk."""
     load_lm = stages.model_loader(model, device, dtype, console)
-    stages.harvest_stage(console, load_lm, dataset, hookpoints, out, settings)
-    _next(f"saebase train --acts {out} --d-sae 16384 --k 64 --out runs/first")
+    cache = stages.harvest_stage(console, load_lm, dataset, hookpoints, out, settings)
+    place = f" --hookpoint {hookpoints[0]}" if len(hookpoints) > 1 else ""
+    width = cache.d_model(hookpoints[0])
+    sizes = f"--d-sae {8 * width} --k {min(32, width // 2)}"
+    _next(f"saebase train --acts {quote(str(out))}{place} {sizes} --out runs/first")
 
 
 @app.command
@@ -68,7 +72,7 @@ def train(
     finally:
         for tracker in trackers:
             tracker.close()
-    _next(f"saebase evaluate {out} --acts {acts}")
+    _next(f"saebase evaluate {quote(str(out))} --acts {quote(str(acts))}")
 
 
 @app.command
@@ -87,7 +91,7 @@ def evaluate(
     cache = ActivationCache.open(acts)
     load_lm = stages.model_of_cache(cache, device, dtype, console) if with_model else None
     stages.evaluate_stage(console, sae, cache, load_lm, settings)
-    _next(f"saebase index {sae} --acts {acts}")
+    _next(f"saebase index {quote(str(sae))} --acts {quote(str(acts))}")
 
 
 @app.command
@@ -105,7 +109,8 @@ def index(
     cache = ActivationCache.open(acts)
     load_lm = stages.model_of_cache(cache, device, dtype, console)
     stages.index_stage(console, load_lm, saes, cache, out, settings, overwrite=overwrite)
-    _next(f'saebase query "SELECT * FROM features ORDER BY density DESC LIMIT 10" --db {out}')
+    sql = "SELECT * FROM features ORDER BY density DESC LIMIT 10"
+    _next(f'saebase query "{sql}" --db {quote(str(out))}')
 
 
 @app.command

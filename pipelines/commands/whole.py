@@ -1,6 +1,7 @@
 """Verbs about whole runs: run, plan, doctor, demo."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -42,7 +43,9 @@ def run_command(
     run_pipeline(settings, console, trackers)
     for tracker in trackers:
         tracker.close()
-    console.print(f"[dim]next:[/] saebase search the --db {settings.database}", highlight=False)
+    sql = "SELECT feature_id, label, density FROM features ORDER BY density DESC LIMIT 10"
+    db = quote(str(settings.database))
+    console.print(f'[dim]next:[/] saebase query "{sql}" --db {db}', highlight=False, soft_wrap=True)
 
 
 @app.command

@@ -253,3 +253,20 @@ def test_revision_changes_with_the_weights(make_lm: Callable[[str], Any]) -> Non
         other.model.model.norm.weight[3] += 1e-6
     assert lm.revision == same.revision
     assert lm.revision != other.revision
+
+
+def test_a_causal_model_is_told_from_a_bidirectional_one(
+    tiny_model: Callable[[str], Any], tiny_tokenizer: Any
+) -> None:
+    assert LanguageModel(tiny_model("gpt2"), tiny_tokenizer, name="gpt2").is_causal
+    config = transformers.BertConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        is_decoder=False,
+        initializer_range=0.5,
+    )
+    bert = transformers.BertLMHeadModel(config)
+    assert not LanguageModel(bert, tiny_tokenizer, name="bert").is_causal

@@ -155,6 +155,8 @@ def test_what_does_not_fit_is_refused_in_one_line(
         return message
 
     assert refusal({64: Add(1.0)}) == "unknown feature 64: this SAE has features 0 to 63"
+    assert "expected Add, Clamp or Ablate, got 1.5" in refusal({feature: 1.5})
+    assert "unknown feature '12'" in refusal({"12": Add(1.0)})  # type: ignore[dict-item]
     assert "not finite" in refusal({feature: Add(math.inf)})
     assert "64 wide, this SAE expects 32" in refusal({feature: Add(1.0)}, at="layers.1.mlp_acts")
     other = LanguageModel(tiny_lm.model, tiny_lm.tokenizer, name="other", revision="r2")

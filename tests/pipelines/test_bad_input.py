@@ -222,6 +222,26 @@ def test_wrong_sql(saebase: Saebase, small_run: SmallRun) -> None:
     refused(saebase("query", "DELETE FROM features", "--db", small_run.db), "read-only")
 
 
+def test_query_can_not_write_or_read_other_files(
+    saebase: Saebase, small_run: SmallRun, tmp_path: Path
+) -> None:
+    before = small_run.db.read_bytes()
+    copy = f"COPY features TO '{small_run.db}'"
+    refused(saebase("query", copy, "--db", small_run.db), "disabled")
+    refused(saebase("query", f"COPY features TO '{tmp_path}/x.csv'", "--db", small_run.db))
+    refused(saebase("query", "FROM read_csv('/etc/passwd')", "--db", small_run.db))
+    refused(saebase("query", " ; ", "--db", small_run.db), "empty")
+    assert small_run.db.read_bytes() == before
+    assert not (tmp_path / "x.csv").exists()
+
+
+def test_doses_that_contradict_each_other(saebase: Saebase, small_run: SmallRun) -> None:
+    steer = ("steer", "The river", "--sae", small_run.sae)
+    refused(saebase(*steer, "--add", "5:1", "--ablate", 5), "feature 5", "two doses")
+    refused(saebase(*steer, "--add", "5:1", "--add", "5:2"), "feature 5", "two doses")
+    refused(saebase(*steer, "--ablate", 5, "--max-new-tokens", 0), "max_new_tokens=0")
+
+
 def test_debug_shows_where_it_came_from(saebase: Saebase, tmp_path: Path) -> None:
     outcome = saebase("run", tmp_path / "none.yaml", "--debug")
     assert outcome.status == 2

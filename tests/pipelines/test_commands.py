@@ -1,7 +1,9 @@
 """Every verb of the command line, as a user calls it, on a tiny real model."""
 
+import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -135,6 +137,21 @@ def test_query_prints_tables_csv_and_json(saebase: Saebase, small_run: SmallRun)
     assert "feature_id" in table
     assert csv.splitlines()[0] == "feature_id,n_active"
     assert [json.loads(row)["feature_id"] for row in rows] == [0, 1]
+
+
+def test_lists_in_csv_are_json(saebase: Saebase, small_run: SmallRun) -> None:
+    sql = "SELECT token_ids, tokens FROM contexts LIMIT 1"
+    printed = saebase("query", sql, "--db", small_run.db, "--format", "csv").out
+    token_ids, tokens = list(csv.reader(printed.splitlines()))[1]
+    assert len(json.loads(token_ids)) == len(json.loads(tokens)) > 0
+
+
+def test_the_documentation_s_queries_run(saebase: Saebase, small_run: SmallRun) -> None:
+    page = Path(__file__).parents[2] / "docs" / "database.md"
+    queries = re.findall(r"```sql\n(.*?)```", page.read_text(), flags=re.S)
+    assert len(queries) >= 3
+    for sql in queries:
+        assert saebase("query", sql, "--db", small_run.db).status == 0, sql
 
 
 def test_search_show_and_active_answer(saebase: Saebase, small_run: SmallRun) -> None:
