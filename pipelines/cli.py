@@ -83,7 +83,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _load_commands() -> None:
-    """Register the verbs. Imported here, so that `saebase --version` need not wait for torch."""
+    """Register the verbs. Imported here, because they import `app` from this module."""
     from . import commands  # noqa: F401
 
 

@@ -3,6 +3,8 @@
 `WANDB_API_KEY` and `WANDB_MODE` are read by wandb itself; offline mode needs no account.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from sae import Metrics, Report
@@ -16,6 +18,19 @@ class Tracker(Protocol):
     def metrics(self, metrics: Metrics) -> None: ...
     def report(self, report: Report) -> None: ...
     def close(self) -> None: ...
+
+
+@contextmanager
+def trackers_of(
+    wandb_project: str | None, name: str, config: dict[str, Any]
+) -> Iterator[list[Tracker]]:
+    """The trackers that were asked for, closed however the work ends."""
+    trackers: list[Tracker] = [WandbTracker(wandb_project, name, config)] if wandb_project else []
+    try:
+        yield trackers
+    finally:
+        for tracker in trackers:
+            tracker.close()
 
 
 class WandbTracker:

@@ -13,7 +13,7 @@ from sae.architectures import config_of
 
 from .. import stages
 from ..cli import app, console
-from ..trackers import Tracker, WandbTracker
+from ..trackers import trackers_of
 from .arguments import DEFAULT_ACTS, DEFAULT_DATABASE, Acts, Device, Dtype, Model, Sae
 
 Fields = Parameter(name="*")
@@ -63,15 +63,9 @@ def train(
     """Train a sparse autoencoder on stored activations."""
     cache, place = stages.open_cache(acts, hookpoint)
     config = config_of(architecture, sae.model_dump())
-    trackers: list[Tracker] = []
-    if wandb_project:
-        described = {"architecture": architecture, **sae.model_dump(), **settings.model_dump()}
-        trackers.append(WandbTracker(wandb_project, out.name, described))
-    try:
+    described = {"architecture": architecture, **sae.model_dump(), **settings.model_dump()}
+    with trackers_of(wandb_project, out.name, described) as trackers:
         stages.train_stage(console, cache, place, config, settings, out, trackers)
-    finally:
-        for tracker in trackers:
-            tracker.close()
     _next(f"saebase evaluate {quote(str(out))} --acts {quote(str(acts))}")
 
 

@@ -14,7 +14,7 @@ from ..doctor import State, examine
 from ..errors import PipelineError
 from ..plan import make_plan
 from ..stages import run_pipeline
-from ..trackers import Tracker, WandbTracker
+from ..trackers import trackers_of
 
 ConfigFile = Annotated[Path, Parameter(help="YAML file; `saebase run --help` tells what is in it.")]
 Out = Annotated[Path | None, Parameter(help="Folder to write to, instead of the file's `out`.")]
@@ -35,14 +35,10 @@ def run_command(
     `sae`, `train`, `evaluate` and `index`, which take the flags of those verbs.
     """
     settings = read_config(config, out=out)
-    trackers: list[Tracker] = []
-    if wandb_project:
-        described = settings.model_dump(mode="json")
-        trackers.append(WandbTracker(wandb_project, settings.out.name, described))
-    print_plan(settings)
-    run_pipeline(settings, console, trackers)
-    for tracker in trackers:
-        tracker.close()
+    described = settings.model_dump(mode="json")
+    with trackers_of(wandb_project, settings.out.name, described) as trackers:
+        print_plan(settings)
+        run_pipeline(settings, console, trackers)
     sql = "SELECT feature_id, label, density FROM features ORDER BY density DESC LIMIT 10"
     db = quote(str(settings.database))
     console.print(f'[dim]next:[/] saebase query "{sql}" --db {db}', highlight=False, soft_wrap=True)
