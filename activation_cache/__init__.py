@@ -4,7 +4,7 @@
 """
 
 from .cache import ActivationCache
-from .chunks import CachedDocument, Chunk, TokenBlock
+from .chunks import CachedDocument, Chunk, DocumentActs, TokenBlock
 from .documents import Corpus, Document, open_corpus
 from .errors import (
     ActivationCacheError,
@@ -17,7 +17,8 @@ from .errors import (
     HookpointError,
     ModelError,
 )
-from .harvest import HarvestConfig, HarvestProgress, harvest
+from .harvest import harvest
+from .harvest_config import HarvestConfig, HarvestProgress
 from .language_model import Captured, LanguageModel
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "CorpusError",
     "DiskFull",
     "Document",
+    "DocumentActs",
     "HarvestConfig",
     "HarvestProgress",
     "HookpointError",

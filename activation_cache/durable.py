@@ -30,7 +30,7 @@ class DurableFile:
         """Append `data`, or set it in the place of what stands at byte `at`."""
         start = self.n_bytes if at is None else at
         done = 0
-        with _faults_told(self._path, len(data)):
+        with faults_told(self._path, len(data)):
             while done < len(data):  # a disk that fills up takes a part
                 done += os.pwrite(self._file.fileno(), data[done:], start + done)
         self.n_bytes = max(self.n_bytes, start + len(data))
@@ -45,16 +45,16 @@ def written(path: Path, *, reserve_bytes: int = 0) -> Iterator[DurableFile]:
     """
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
-        with _faults_told(path, reserve_bytes):
+        with faults_told(path, reserve_bytes):
             file = partial.open("wb", buffering=0)
         with file:
-            with _faults_told(path, reserve_bytes):
+            with faults_told(path, reserve_bytes):
                 _reserve(file.fileno(), reserve_bytes)
             yield (made := DurableFile(file, path))
-            with _faults_told(path, reserve_bytes):
+            with faults_told(path, reserve_bytes):
                 file.truncate(made.n_bytes)
                 os.fsync(file.fileno())
-        with _faults_told(path, reserve_bytes):
+        with faults_told(path, reserve_bytes):
             partial.replace(path)
             fsync_folder(path.parent)
     finally:
@@ -81,7 +81,7 @@ def fsync_folder(folder: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Hold `folder` for writing. Raises: CacheBusy that names the process which holds it."""
     path = folder / LOCK
-    with _faults_told(path, 0):
+    with faults_told(path, 0):
         file = path.open("a+")
     with file:
         try:
@@ -92,7 +92,7 @@ def locked(folder: Path) -> Iterator[None]:
             raise CacheBusy(
                 f"{folder} is being written by {holder}: wait for it, or choose another folder"
             ) from error
-        with _faults_told(path, 0):
+        with faults_told(path, 0):
             if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
                 raise CacheBusy(f"{folder} was being written a moment ago: try again")
             file.truncate(0)
@@ -113,7 +113,7 @@ def _reserve(handle: int, n_bytes: int) -> None:
 
 
 @contextmanager
-def _faults_told(path: Path, needed: int) -> Iterator[None]:
+def faults_told(path: Path, needed: int) -> Iterator[None]:
     """Turns a fault of the system into an error of the cache that names the file."""
     try:
         yield

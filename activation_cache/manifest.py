@@ -1,22 +1,25 @@
-"""What a cache says of itself: the fingerprint of what made it, and one record for each shard.
+"""What a part of a cache says of itself: a fingerprint of what made it, a record for each shard.
 
 `manifest.json` names the exact model, tokenizer, text and settings. `shards/000017.json` is the
 commit record of shard 17: a shard exists only when its record does.
 """
 
 import json
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .durable import write_text
 from .errors import CacheCorrupt, CacheError, CacheMismatch
+from .quantization import QuantizationSums
+from .store import Store
 
 T = TypeVar("T", bound=BaseModel)
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+MANIFEST_COPY = "manifest.copy.json"
+"""The same again: all shards would be lost with it."""
 SHARDS = "shards"
 BLOCK_ROWS = 1_024
 """Rows that are hashed, shuffled and loaded together."""
@@ -45,13 +48,18 @@ class Fingerprint(_Record):
     keep_first_position: bool
     storage_dtype: str
     batch_blocks: int = Field(description="Blocks in one forward pass: it can show in the last bit")
+    min_doc_tokens: int | None = None
+    only: dict[str, str] = Field(default={}, description="Column -> value of the rows taken.")
+    drop_duplicates: bool = False
+    rank: int = Field(default=0, description="Whose documents these are, of world_size ranks.")
+    world_size: int = 1
 
     @property
     def hash(self) -> str:
         """A short name for the whole."""
         return xxhash.xxh3_128(self.model_dump_json().encode()).hexdigest()
 
-    def require_equal(self, other: "Fingerprint", where: Path) -> None:
+    def require_equal(self, other: "Fingerprint", where: str) -> None:
         """Raises: CacheMismatch that names the first field in which `other` differs."""
         for field in type(self).model_fields:
             mine, theirs = getattr(self, field), getattr(other, field)
@@ -60,6 +68,29 @@ class Fingerprint(_Record):
                     f"{where} was made with {field}={_shown(mine)}, now it is {_shown(theirs)}: "
                     "use the same, or harvest into another folder"
                 )
+
+    def require_joinable(self, other: "Fingerprint", where: str) -> None:
+        """Raises: CacheMismatch if rows of `other` can't lie in one cache with these."""
+        same = {field: getattr(self, field) for field in TEXT_FIELDS}
+        self.require_equal(other.model_copy(update=same), where)
+
+    def is_same_text(self, other: "Fingerprint") -> bool:
+        """Whether `other` reads the same documents."""
+        return all(getattr(self, f) == getattr(other, f) for f in TEXT_FIELDS)
+
+
+TEXT_FIELDS = (
+    "data",
+    "data_revision",
+    "text_column",
+    "only",
+    "drop_duplicates",
+    "min_doc_tokens",
+    "max_doc_tokens",
+    "rank",
+    "world_size",
+)
+"""In these, parts of one cache may differ: they say which documents it holds."""
 
 
 class Manifest(_Record):
@@ -74,15 +105,21 @@ class Manifest(_Record):
     n_shards: int = Field(default=0, description="Shards of the complete cache; 0 before that.")
     is_complete: bool
     is_exhausted: bool = Field(description="The text ended before the wanted tokens.")
+    first_document: int = Field(default=0, description="Number of the text's first document.")
+    quantization_fvu: dict[str, float] = Field(
+        default={}, description="Hookpoint -> FVU that storing in int8 added (`added_fvu`)."
+    )
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest":
+    def read(cls, store: Store, name: str = MANIFEST) -> "Manifest":
         """Raises: CacheError if the folder is no cache, or is one of a newer format."""
-        path = folder / MANIFEST
-        if not path.is_file():
-            found = "it has no manifest.json" if folder.is_dir() else "it does not exist"
-            raise CacheError(f"{folder} is no activation cache: {found}. Make one: saebase harvest")
-        raw = read_json(path)
+        if not store.has(name):
+            found = "it has no manifest.json" if store.exists() else "it does not exist"
+            raise CacheError(
+                f"{store.root} is no activation cache: {found}. Make one: saebase harvest"
+            )
+        path = store.path(name)
+        raw = read_json(store, name)
         version = raw.get("format_version")
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise CacheError(
@@ -91,13 +128,14 @@ class Manifest(_Record):
             )
         return _validated(cls, raw, path)
 
-    def write(self, folder: Path) -> None:
-        _write_record(folder / MANIFEST, self)
+    def write(self, store: Store) -> None:
+        for name in (MANIFEST_COPY, MANIFEST):
+            _write_record(store, name, self)
 
 
 class FileRecord(_Record):
-    """One file of a shard. block_hashes: xxh3-64 of each 1,024 rows of its main tensor;
-    rest_hash: of everything before and after that tensor."""
+    """One file of a shard. block_hashes: xxh3-64 of each 1,024 rows of its main tensor and their
+    scales; rest_hash: of everything else."""
 
     n_bytes: int
     block_hashes: list[str]
@@ -113,72 +151,107 @@ class ShardRecord(_Record):
     end: tuple[int, int]
     files: dict[str, FileRecord]
     sources: dict[int, str] = Field(description="doc_id -> source, for documents that start here.")
+    fingerprint: str = Field(default="", description="Hash of the manifest's fingerprint.")
+    calibrations: dict[str, str] = Field(default={}, description="int8: hookpoint -> its hash.")
+    quantization: dict[str, QuantizationSums] = {}
 
     @classmethod
-    def read(cls, path: Path) -> "ShardRecord":
-        return _validated(cls, read_json(path), path)
+    def read(cls, store: Store, shard: int) -> "ShardRecord":
+        name = record_name(shard)
+        return cls.parse(store, name, read_json(store, name))
 
-    def write(self, folder: Path) -> None:
-        _write_record(record_file(folder, self.shard), self)
+    @classmethod
+    def parse(cls, store: Store, name: str, raw: dict[str, Any]) -> "ShardRecord":
+        """Raises: CacheCorrupt if it does not match its checksum, or its name."""
+        record = _validated(cls, raw, store.path(name))
+        if record_name(record.shard) != name:
+            raise CacheCorrupt(f"{store.path(name)} is the record of shard {record.shard}")
+        return record
+
+    def write(self, store: Store) -> None:
+        _write_record(store, record_name(self.shard), self)
 
 
-def shard_file(folder: Path, shard: int, stream: str) -> Path:
-    """Path of one file of a shard; `stream` is "tokens" or a hookpoint."""
-    return folder / SHARDS / f"{shard:06d}.{stream}.safetensors"
+def shard_name(shard: int, stream: str) -> str:
+    """Name of one file of a shard; `stream` is "tokens" or a hookpoint."""
+    return f"{SHARDS}/{shard:06d}.{stream}.safetensors"
 
 
-def record_file(folder: Path, shard: int) -> Path:
-    """Path of a shard's commit record."""
-    return folder / SHARDS / f"{shard:06d}.json"
+def record_name(shard: int) -> str:
+    """Name of a shard's commit record."""
+    return f"{SHARDS}/{shard:06d}.json"
 
 
-def read_records(folder: Path, manifest: Manifest) -> list[ShardRecord]:
+def read_records(store: Store, manifest: Manifest) -> list[ShardRecord]:
     """The commit records in order. Raises: CacheCorrupt if one is missing or altered."""
-    paths = sorted((folder / SHARDS).glob("[0-9]*.json"))
-    records = [ShardRecord.read(path) for path in paths]
+    names = record_names(store)
+    records = [
+        ShardRecord.parse(store, name, parsed_json(store.path(name), data))
+        for name, data in store.read_all(names)
+    ]
     n_shards = max(manifest.n_shards, len(records))
     for expected in range(n_shards):
         if expected >= len(records) or records[expected].shard != expected:
             raise CacheCorrupt(
-                f"{folder} lacks shard {expected} of {n_shards}: "
-                f"{record_file(folder, expected)} is missing. Put it back, or harvest again"
+                f"{store.root} lacks shard {expected} of {n_shards}: "
+                f"{store.path(record_name(expected))} is missing. Put it back, or make it again "
+                "with `saebase harvest --repair`"
             )
     return records
 
 
-def sweep(folder: Path, records: list[ShardRecord]) -> None:
+def record_names(store: Store) -> list[str]:
+    """Names of the commit records there are, in order."""
+    return [
+        f"{SHARDS}/{name}"
+        for name in store.names(SHARDS)
+        if name.endswith(".json") and name[:-5].isdigit()
+    ]
+
+
+def sweep(store: Store, records: Mapping[int, ShardRecord]) -> None:
     """Remove what an interrupted writer left. Only for the holder of the lock."""
-    known = {record_file(folder, r.shard) for r in records}
-    known |= {shard_file(folder, r.shard, stream) for r in records for stream in r.files}
-    for path in (folder / SHARDS).iterdir():
-        if path not in known:
-            path.unlink()
+    known = {record_name(shard) for shard in records}
+    known |= {shard_name(shard, stream) for shard, r in records.items() for stream in r.files}
+    for name in store.names(SHARDS):
+        if f"{SHARDS}/{name}" not in known:
+            store.remove(f"{SHARDS}/{name}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(store: Store, name: str) -> dict[str, Any]:
     """A JSON object from a file. Raises: CacheCorrupt."""
     try:
-        raw = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CacheCorrupt(f"{path} can't be read: {error}") from error
+        data = store.read(name)
+    except OSError as error:
+        raise CacheCorrupt(f"{store.path(name)} can't be read: {error}") from error
+    return parsed_json(store.path(name), data)
+
+
+def parsed_json(path: str, data: bytes) -> dict[str, Any]:
+    """A JSON object. Raises: CacheCorrupt."""
+    try:
+        raw = json.loads(data)
+    except ValueError as error:
+        raise CacheCorrupt(f"{path} can't be read: {error}. {_MEND}") from error
     if not isinstance(raw, dict):
-        raise CacheCorrupt(f"{path} holds {type(raw).__name__}: expected a JSON object")
+        raise CacheCorrupt(f"{path} holds {type(raw).__name__}: expected a JSON object. {_MEND}")
     return raw
 
 
-def _write_record(path: Path, record: BaseModel) -> None:
+_MEND = "Make it again with `saebase harvest --repair`, or restore it"
+
+
+def _write_record(store: Store, name: str, record: BaseModel) -> None:
     """Write a record as JSON that carries a checksum of itself."""
     raw = record.model_dump(mode="json")
     raw["checksum"] = _checksum(raw)
-    write_text(path, json.dumps(raw, indent=1, ensure_ascii=False) + "\n")
+    store.write(name, (json.dumps(raw, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def _validated(kind: type[T], raw: dict[str, Any], path: Path) -> T:
+def _validated(kind: type[T], raw: dict[str, Any], path: str) -> T:
     checksum = raw.pop("checksum", None)
     if checksum != _checksum(raw):
-        raise CacheCorrupt(
-            f"{path} is damaged: it does not match its checksum. Restore it, or harvest again"
-        )
+        raise CacheCorrupt(f"{path} is damaged: it does not match its checksum. {_MEND}")
     try:
         return kind.model_validate(raw)
     except ValidationError as error:

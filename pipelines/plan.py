@@ -14,8 +14,8 @@ import psutil
 import torch
 from rich.table import Table
 
+from activation_cache.formats import TOKEN_BYTES, row_bytes
 from activation_cache.loading import resolve_device, resolve_dtype
-from activation_cache.shards import STORAGE_DTYPES
 from activation_cache.skeleton import ModelShape, model_shape
 from sae import TrainConfig
 
@@ -154,17 +154,17 @@ def _harvest_plan(
     config: PipelineConfig, model: ModelShape, model_bytes: int, flops: float
 ) -> StagePlan:
     n_tokens = config.harvest.n_tokens
-    itemsize = STORAGE_DTYPES[config.harvest.storage_dtype].itemsize
     n_layers = _layers_run(config.hookpoints, model.n_layers)
     attention = 4 * config.harvest.ctx_len * model.d_model
     per_token = n_layers * (2 * model.params_per_layer + attention)
-    row_bytes = 16 + len(config.hookpoints) * (model.d_model * itemsize + 4)
+    stored = row_bytes(model.d_model, config.harvest.storage_dtype)
+    token_bytes = TOKEN_BYTES + len(config.hookpoints) * stored
     batch = config.harvest.batch_blocks * config.harvest.ctx_len
     activations = batch * model.d_model * 4 * (8 + 2 * len(config.hookpoints))
     return StagePlan(
         "harvest",
         n_tokens,
-        n_tokens * row_bytes,
+        n_tokens * token_bytes,
         model_bytes + activations,
         n_tokens * per_token / flops,
     )

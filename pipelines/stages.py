@@ -211,7 +211,7 @@ def index_stage(
 
 def cache_lines(acts: ActivationCache) -> list[str]:
     """What a cache holds, in sentences; one for each hookpoint."""
-    ended = " (the text ended before the wanted number)" if acts.manifest.is_exhausted else ""
+    ended = " (the text ended before the wanted number)" if acts.is_exhausted else ""
     lines = [
         f"{acts.n_tokens:,} tokens of {acts.n_documents:,} documents{ended}, "
         f"{acts.n_bytes / 1e6:,.0f} MB in {acts.path}"

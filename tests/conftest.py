@@ -9,9 +9,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from activation_cache import ActivationCache, LanguageModel, harvest
+
+# Other work on the machine must not fail a test.
+settings.register_profile("saebase", deadline=None)
+settings.load_profile("saebase")
 
 _SUBJECTS = ["The river", "A small bird", "My neighbour", "The old engine", "Her brother", "Paris"]
 _VERBS = ["crosses", "remembers", "paints", "repairs", "forgets", "admires"]

@@ -178,7 +178,6 @@ def test_progress_counts_up_to_the_rows(
         ({"separate_documents": False}, "separator_id=2, now it is null"),
         ({"keep_first_position": False}, "keep_first_position=true, now it is false"),
         ({"batch_blocks": 2}, "batch_blocks=4, now it is 2"),
-        ({"n_tokens": 50}, "n_tokens=100000, now it is 50"),
     ],
 )
 @pytest.mark.parametrize("is_complete", [True, False])

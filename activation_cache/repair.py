@@ -1,0 +1,134 @@
+"""Damaged shards made again from their text.
+
+In: a part of a cache and what produces it. Every byte is read; a shard whose record or files are
+missing or don't match their checksums is harvested again from where its text begins, as its record
+says, or else its neighbours'. On the machine and with the libraries that made it, it comes out with
+the same bytes.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from .errors import CacheCorrupt, CacheError
+from .manifest import (
+    MANIFEST,
+    MANIFEST_COPY,
+    Manifest,
+    ShardRecord,
+    read_json,
+    record_names,
+    sweep,
+)
+from .packing import PackedBlock, Position
+from .production import Producer, ShardPlan
+from .shards import stored_calibrations, verify_shard
+from .store import Store
+
+log = logging.getLogger(__name__)
+
+
+class Repaired(NamedTuple):
+    """n_checked: shards that were looked at. made_again: numbers of those that were damaged.
+    differ: of these, the ones whose bytes are not those of their record."""
+
+    n_checked: int
+    made_again: list[int]
+    differ: list[int]
+
+    def __str__(self) -> str:
+        if not self.made_again:
+            return f"{self.n_checked} shards are intact"
+        text = f"of {self.n_checked} shards {len(self.made_again)} made again: {self.made_again}"
+        if self.differ:
+            text += (
+                f"; {self.differ} came out with other bytes than before: the machine or its "
+                "libraries are not those of the first harvest"
+            )
+        return text
+
+
+def make_again(store: Store, producer: Producer) -> Repaired:
+    """Check all shards of a part and make again what is damaged. For the holder of the lock.
+
+    Shards that are missing at the end are left to the harvest that goes on.
+    Raises: CacheMismatch if the part is not what the producer makes.
+    """
+    manifest, records = Manifest.read(store), _readable_records(store)
+    manifest.fingerprint.require_equal(producer.fingerprint, store.root)
+    hookpoints = manifest.fingerprint.hookpoints
+    n_shards = max((int(Path(name).stem) for name in record_names(store)), default=-1) + 1
+    intact = {n: r for n, r in records.items() if _is_intact(store, r, hookpoints)}
+    damaged = [n for n in range(n_shards) if n not in intact]
+    producer.calibrations = stored_calibrations(store, list(intact.values()))
+    sweep(store, records)
+    differ = []
+    for shard in damaged:
+        old, start = records.get(shard), _start_of(shard, records, producer)
+        n_rows = _rows_of(shard, records, manifest, producer.blocks(start))
+        plan, blocks = iter([ShardPlan(shard, n_rows)]), producer.blocks(start)
+        made: list[ShardRecord] = []
+        producer.write_shards(store, plan, blocks, start, on_commit=made.append)
+        records[shard] = made[0]
+        if old and made[0].files != old.files:
+            differ.append(shard)
+    if n_shards < manifest.n_shards:
+        manifest.model_copy(update={"is_complete": False, "n_shards": 0}).write(store)
+    return Repaired(n_shards, damaged, differ)
+
+
+def restore_manifests(stores: list[Store]) -> None:
+    """Put back manifests that are missing or damaged, from the copies that lie beside them."""
+    for store in stores:
+        if not store.has(MANIFEST_COPY):
+            continue
+        try:
+            Manifest.read(store)
+        except CacheError:
+            log.warning("%s is put back from its copy", store.path(MANIFEST))
+            Manifest.read(store, MANIFEST_COPY).write(store)
+
+
+def _readable_records(store: Store) -> dict[int, ShardRecord]:
+    """The commit records that are as they were written."""
+    records = {}
+    for name in record_names(store):
+        try:
+            record = ShardRecord.parse(store, name, read_json(store, name))
+        except CacheCorrupt:
+            continue
+        records[record.shard] = record
+    return records
+
+
+def _is_intact(store: Store, record: ShardRecord, hookpoints: Iterable[str]) -> bool:
+    try:
+        verify_shard(store, record, hookpoints)
+    except CacheCorrupt as error:
+        log.warning("%s", error)
+        return False
+    return True
+
+
+def _start_of(shard: int, records: dict[int, ShardRecord], producer: Producer) -> Position:
+    """Where a shard's text begins: as its record says, or where the shard before it ends."""
+    if shard in records:
+        return Position(*records[shard].start)
+    return Position(*records[shard - 1].end) if shard else producer.start
+
+
+def _rows_of(
+    shard: int, records: dict[int, ShardRecord], manifest: Manifest, blocks: Iterator[PackedBlock]
+) -> int:
+    """Rows of a shard: as its record says, or up to where the next one begins."""
+    if shard in records:
+        return records[shard].n_rows
+    if shard + 1 not in records:
+        return manifest.shard_rows
+    n_rows, end = 0, Position(*records[shard + 1].start)
+    for block in blocks:
+        n_rows += len(block.token_ids)
+        if block.end >= end:
+            break
+    return n_rows

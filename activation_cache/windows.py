@@ -1,0 +1,166 @@
+"""Windows of shuffled blocks: read from disk on threads, verified, decoded batch by batch.
+
+In: shards, which of their rows are kept, and hookpoints. Out: `Blocks` for `shuffle`. A window
+holds rows as they are stored; only those of a batch become floats, on the device that asks.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .manifest import BLOCK_ROWS
+from .read_ahead import in_parallel
+from .row_selection import Places, RowSelection, Split
+from .shard_reader import ShardReader
+from .shuffle import Blocks
+from .stored_rows import Exact, StoredRows
+from .tensor_file import writable_bytes
+
+READ_THREADS = 2
+
+
+class Wanted(NamedTuple):
+    """What a reader wants: hookpoints, split, and the device and dtype of its batches."""
+
+    hookpoints: Places
+    split: Split
+    device: torch.device
+    dtype: torch.dtype
+
+
+class LoadedWindow:
+    """Rows in memory as they are stored, and which of them are kept, in the order of loading."""
+
+    def __init__(self, rows: dict[str, StoredRows], kept: Tensor, wanted: Wanted):
+        self._rows, self._kept, self._wanted = rows, kept, wanted
+
+    def take(self, places: Tensor) -> dict[str, Tensor]:
+        """Kept rows by number, hookpoint -> [n, width]."""
+        index, wanted = self._kept[places], self._wanted
+        return {h: rows.take(index, wanted.device, wanted.dtype) for h, rows in self._rows.items()}
+
+
+class WindowLoader:
+    """Loads windows of at most `window_bytes`; where everything fits into one, it stays."""
+
+    def __init__(
+        self, shards: ShardReader, selection: RowSelection, wanted: Wanted, window_bytes: int
+    ):
+        self._shards, self._selection, self._wanted = shards, selection, wanted
+        files = [shards.file(0, hookpoint) for hookpoint in wanted.hookpoints]
+        per_window = window_bytes // (BLOCK_ROWS * sum(file.row_bytes for file in files))
+        self._per_window = max(per_window, 1)
+        self._whole: tuple[NDArray[np.int64], dict[str, StoredRows]] | None = None
+
+    def blocks(self) -> Blocks:
+        """The kept rows, block by block."""
+        counts = self._selection.counts(self._wanted.hookpoints, self._wanted.split)
+        return Blocks(counts, self.load, self._per_window)
+
+    def load(self, chosen: NDArray[np.int64]) -> LoadedWindow:
+        """The kept rows of the chosen blocks, one block after another."""
+        n_blocks = len(self._shards.block_rows)
+        if len(chosen) < n_blocks:
+            begins, rows = self._read(chosen)
+            return LoadedWindow(rows, self._kept(chosen, begins), self._wanted)
+        if self._whole is None:
+            self._whole = self._read(np.arange(n_blocks))
+        begins, rows = self._whole
+        return LoadedWindow(rows, self._kept(chosen, begins[chosen]), self._wanted)
+
+    def _kept(self, chosen: NDArray[np.int64], begins: NDArray[np.int64]) -> Tensor:
+        """int64: places of the kept rows of each chosen block, which begins at `begins`."""
+        wanted = self._wanted
+        places = []
+        for number, begin in zip(chosen.tolist(), begins.tolist(), strict=True):
+            shard, block = self._shards.place_of_block(number)
+            n = int(self._shards.block_rows[number])
+            key = (wanted.hookpoints, wanted.split)
+            places.append(self._selection.kept_in_block(shard, block, n, key) + begin)
+        return torch.cat(places)
+
+    def _read(self, chosen: NDArray[np.int64]) -> tuple[NDArray[np.int64], dict[str, StoredRows]]:
+        """Where each chosen block begins in memory, and the memory, by hookpoint."""
+        sizes = self._shards.block_rows[chosen]
+        begins = np.cumsum([0, *sizes])[:-1]
+        order = np.argsort(chosen)  # as they lie on disk
+        rows = {h: self._read_at(h, chosen, begins, order) for h in self._wanted.hookpoints}
+        return begins, rows
+
+    def _read_at(
+        self,
+        hookpoint: str,
+        chosen: NDArray[np.int64],
+        begins: NDArray[np.int64],
+        order: NDArray[np.int64],
+    ) -> StoredRows:
+        n_rows = int(self._shards.block_rows[chosen].sum())
+        file = self._shards.file(0, hookpoint)
+        raw = torch.empty(n_rows, *file.row_shape, dtype=file.dtype)
+        scales = torch.empty(n_rows) if file.dtype == torch.int8 else None
+        places = [
+            (*self._shards.place_of_block(int(chosen[i])), int(begins[i])) for i in order.tolist()
+        ]
+        self._fetch(hookpoint, places)
+
+        def read(shard: int, block: int, begin: int) -> None:
+            file = self._shards.file(shard, hookpoint)
+            inside = slice(begin, begin + file.n_rows_of(block))
+            file.read_block(
+                block,
+                writable_bytes(raw[inside]),
+                None if scales is None else writable_bytes(scales[inside]),
+            )
+
+        in_parallel(read, places, READ_THREADS)
+        if scales is None:
+            return StoredRows(raw)
+        return self._coded(hookpoint, raw, scales, places)
+
+    def _fetch(self, hookpoint: str, places: list[tuple[int, int, int]]) -> None:
+        """Bring what is elsewhere to this machine, many blocks at once."""
+        wanted = [
+            (self._shards.shards[shard].store, place)
+            for shard, block, _ in places
+            if self._shards.shards[shard].store.is_remote
+            for place in self._shards.file(shard, hookpoint).block_ranges(block)
+        ]
+        for store in {id(store): store for store, _ in wanted}.values():
+            store.fetch([place for each, place in wanted if each is store])
+
+    def _coded(
+        self, hookpoint: str, raw: Tensor, scales: Tensor, places: list[tuple[int, int, int]]
+    ) -> StoredRows:
+        """int8 rows with what decodes them."""
+        hashes = [
+            self._shards.shards[shard].record.calibrations[hookpoint] for shard, _, _ in places
+        ]
+        names = sorted(set(hashes))
+        calibrations = [self._shards.calibration(hookpoint, name) for name in names]
+        which = None
+        if len(names) > 1:
+            which = torch.zeros(len(raw), dtype=torch.uint8)
+            for (shard, block, begin), name in zip(places, hashes, strict=True):
+                n = self._shards.file(shard, hookpoint).n_rows_of(block)
+                which[begin : begin + n] = names.index(name)
+        return StoredRows(raw, scales, calibrations, which, self._exact(hookpoint, scales, places))
+
+    def _exact(
+        self, hookpoint: str, scales: Tensor, places: list[tuple[int, int, int]]
+    ) -> Exact | None:
+        """The rows among these that are stored as they are, where massive rows are wanted."""
+        if self._selection.max_norm(hookpoint) < float("inf") or not bool((scales == 0).any()):
+            return None
+        at, acts = [], []
+        for shard, inside_shard in itertools.groupby(places, key=lambda place: place[0]):
+            small = self._shards.small(shard, hookpoint)
+            for _, block, begin in inside_shard:
+                inside = small["exact_at"] // BLOCK_ROWS == block
+                at.append(small["exact_at"][inside] - block * BLOCK_ROWS + begin)
+                acts.append(small["exact_acts"][inside])
+        places_of, order = torch.cat(at).sort()
+        return Exact(places_of, torch.cat(acts)[order])
