@@ -1,6 +1,7 @@
 """Tokens -> activations on disk; the only home of model loading and torch hooks.
 
-`LanguageModel` opens a model, `harvest` stores its activations, `ActivationCache` reads them back.
+`LanguageModel` opens a model, `harvest` stores its activations, `ActivationCache` reads them back,
+`cache_statistics` says what is in it.
 """
 
 from .cache import ActivationCache
@@ -19,6 +20,7 @@ from .errors import (
 )
 from .harvest import HarvestConfig, HarvestProgress, harvest
 from .language_model import Captured, LanguageModel
+from .statistics import CacheStatistics, StatisticsProgress, cache_statistics
 
 __all__ = [
     "ActivationCache",
@@ -27,6 +29,7 @@ __all__ = [
     "CacheCorrupt",
     "CacheError",
     "CacheMismatch",
+    "CacheStatistics",
     "CachedDocument",
     "Captured",
     "Chunk",
@@ -39,7 +42,9 @@ __all__ = [
     "HookpointError",
     "LanguageModel",
     "ModelError",
+    "StatisticsProgress",
     "TokenBlock",
+    "cache_statistics",
     "harvest",
     "open_corpus",
 ]
