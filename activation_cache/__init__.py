@@ -1,6 +1,7 @@
 """Tokens -> activations on disk; the only home of model loading and torch hooks.
 
-`LanguageModel` opens a model, `harvest` stores its activations, `ActivationCache` reads them back.
+`LanguageModel` opens a model, `harvest` stores its activations, `ActivationCache` reads them back,
+`cache_statistics` says what is in it.
 """
 
 from .cache import ActivationCache
@@ -20,6 +21,7 @@ from .errors import (
 from .harvest import harvest
 from .harvest_config import HarvestConfig, HarvestProgress
 from .language_model import Captured, LanguageModel
+from .statistics import CacheStatistics, StatisticsProgress, cache_statistics
 
 __all__ = [
     "ActivationCache",
@@ -28,6 +30,7 @@ __all__ = [
     "CacheCorrupt",
     "CacheError",
     "CacheMismatch",
+    "CacheStatistics",
     "CachedDocument",
     "Captured",
     "Chunk",
@@ -41,7 +44,9 @@ __all__ = [
     "HookpointError",
     "LanguageModel",
     "ModelError",
+    "StatisticsProgress",
     "TokenBlock",
+    "cache_statistics",
     "harvest",
     "open_corpus",
 ]

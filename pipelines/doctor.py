@@ -21,6 +21,7 @@ OUR_PACKAGES = ("activation_cache", "sae", "feature_db", "interp", "pipelines")
 OPTIONAL = {
     "gguf": "models in .gguf files: pip install 'saebase[gguf]'",
     "accelerate": "models in .gguf files: pip install 'saebase[gguf]'",
+    "matplotlib": "drawings with --plot: pip install 'saebase[plots]'",
     "polars": "results as polars frames: pip install 'saebase[polars]'",
     "wandb": "tracking with --wandb-project: pip install 'saebase[wandb]'",
     "mwparserfromhell": "the demo's text: pip install 'saebase[demo]'",
