@@ -21,7 +21,10 @@ FILE_SUFFIXES = (".jsonl", ".txt", ".parquet")
 TXT_DOCUMENT_CHARS = 8_192
 """A document of a `.txt` file is cut at the next paragraph after so many characters, and at the
 next line after eight times as many."""
-_HASHED_BYTES = 1 << 26
+_END_BYTES = 1 << 26
+_PIECE_BYTES = 1 << 20
+_N_PIECES = 64
+_HASHED_WHOLE_BYTES = 2 * _END_BYTES + _N_PIECES * _PIECE_BYTES
 _BATCH_ROWS = 256
 
 _Reading = Generator[tuple[int, Document | None], None, int]
@@ -47,13 +50,33 @@ def open_files(name: str, files: list[Path], columns: Columns) -> Source:
 
 
 def files_revision(files: list[Path]) -> str:
-    """Hash of names, sizes and contents; of a very large file its first 64 MiB."""
+    """Hash of names, sizes and contents.
+
+    A file of up to 192 MiB is hashed whole. Of a larger one the first and last 64 MiB are, and 64
+    pieces of 1 MiB spread evenly between them: 192 MiB again, so that the time is bounded. An edit
+    that keeps the size of such a file and lies between the pieces is not found.
+    """
     digest = xxhash.xxh3_128()
     for file in files:
-        digest.update(f"{file.name}:{file.stat().st_size}".encode())
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
         with file.open("rb") as f:
-            digest.update(f.read(_HASHED_BYTES))
+            for start, n_bytes in _hashed_pieces(size):
+                f.seek(start)
+                digest.update(f.read(n_bytes))
     return f"xxh3:{digest.hexdigest()}"
+
+
+def _hashed_pieces(size: int) -> list[tuple[int, int]]:
+    """(start, bytes) of what stands for a file of `size` bytes."""
+    if size <= _HASHED_WHOLE_BYTES:
+        return [(start, _END_BYTES) for start in range(0, size, _END_BYTES)]
+    gap = (size - _HASHED_WHOLE_BYTES) / (_N_PIECES + 1)  # between pieces, and at both ends
+    spread = [
+        (_END_BYTES + round(gap * (i + 1)) + i * _PIECE_BYTES, _PIECE_BYTES)
+        for i in range(_N_PIECES)
+    ]
+    return [(0, _END_BYTES), *spread, (size - _END_BYTES, _END_BYTES)]
 
 
 def _read_files(files: list[Path], columns: Columns, share: Share) -> Rows:

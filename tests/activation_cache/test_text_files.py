@@ -1,4 +1,4 @@
-"""Files are skipped into exactly and cheaply, whatever lies before the first wanted document."""
+"""Files are skipped into exactly and cheaply, and an edit changes their revision."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from activation_cache import CorpusError, open_corpus
+from activation_cache import CorpusError, open_corpus, text_files
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +96,36 @@ def test_missing_column_of_a_later_file_is_named(tmp_path: Path) -> None:
     assert str(raised.value) == (
         f"{tmp_path / 'c.jsonl'}:1 has no column 'n' for only={{'n': '1'}}: it has text"
     )
+
+
+@given(st.integers(0, 1 << 45))
+def test_hashed_pieces_are_bounded_and_lie_apart(size: int) -> None:
+    pieces = text_files._hashed_pieces(size)
+    ends = [start + n_bytes for start, n_bytes in pieces]
+    assert all(end <= after for end, (after, _) in zip(ends, pieces[1:], strict=False))
+    if size <= 192 << 20:
+        assert [start for start, _ in pieces] == [0, *ends][: len(pieces)]
+        assert [*ends, 0][-2 if ends else -1] >= size
+    else:
+        assert sum(n_bytes for _, n_bytes in pieces) == 192 << 20
+        assert (pieces[0], ends[-1]) == ((0, 64 << 20), size)
+        gaps = [after - end for end, (after, _) in zip(ends, pieces[1:], strict=False)]
+        assert max(gaps) - min(gaps) <= 1
+
+
+def test_edits_of_large_files_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"_END_BYTES": 20, "_PIECE_BYTES": 2, "_HASHED_WHOLE_BYTES": 168}.items():
+        monkeypatch.setattr(text_files, name, value)
+    file, found = tmp_path / "a.txt", []
+    file.write_bytes(b"x" * 400)
+    before = text_files.files_revision([file])
+    assert text_files.files_revision([file]) == before
+    for place in range(400):
+        file.write_bytes(b"x" * place + b"y" + b"x" * (399 - place))
+        if text_files.files_revision([file]) != before:
+            found.append(place)
+    assert len(found) == 168
+    assert found[:20] == list(range(20))
+    assert found[-20:] == list(range(380, 400))
+    file.write_bytes(b"x" * 401)
+    assert text_files.files_revision([file]) != before
