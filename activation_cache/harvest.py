@@ -282,9 +282,9 @@ class _Work(NamedTuple):
         start = Position(*records[-1].end) if records else Position()
         f = self.fingerprint
         packing = Packing(f.ctx_len, f.bos_id, f.separator_id, f.max_doc_tokens)
-        documents = self.corpus.documents(start.document)
+        numbered = self.corpus.numbered(start.document)
         n_blocks = max(-(-n_rows // f.ctx_len), 0)
-        return itertools.islice(pack(documents, self.lm.tokenizer, packing, start), n_blocks)
+        return itertools.islice(pack(numbered, self.lm.tokenizer, packing, start), n_blocks)
 
     def _write_shards(
         self, manifest: Manifest, records: list[ShardRecord], blocks: Iterator[PackedBlock]
