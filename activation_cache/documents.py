@@ -2,55 +2,129 @@
 
 In: what the user names as `data`: "demo", a `.jsonl`, `.txt` or `.parquet` file, a folder of such
 files, a dataset on the Hugging Face hub, a `datasets` object, or any iterable of texts. Out: a
-`Corpus`, which can be read again from any document on: that is how a harvest goes on where it was.
+`Corpus`, which can be read again from any document on, whole or as one of several ranks: that is
+how a harvest goes on where it was.
 """
 
 import inspect
-import itertools
-import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
 from .errors import CorpusError
-from .hub import hub_answers
+from .hub_datasets import is_dataset, open_dataset, open_hub
+from .rows import Columns, Document, Rows, Share, Source, as_text, documents_of, share_of
+from .text_files import FILE_SUFFIXES, files_revision, open_files, text_files
 from .wikipedia import PROSE_VERSION, demo_articles, demo_articles_file
 
-FILE_SUFFIXES = (".jsonl", ".txt", ".parquet")
-TXT_DOCUMENT_CHARS = 8_192
-"""A document of a `.txt` file is cut at the next paragraph after so many characters, and at the
-next line after eight times as many."""
-_HASHED_BYTES = 1 << 26
+__all__ = ["Corpus", "Document", "open_corpus"]
 
 
-class Document(NamedTuple):
-    """A text and where it is from (a title, or `file:number`)."""
+@dataclass
+class _Count:
+    """Documents of the latest reading: those there were, and those that passed the filters."""
 
-    text: str
-    source: str
+    part: str = "its"
+    n_read: int = 0
+    n_passed: int = 0
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in a fixed order.
+    """Documents in a fixed order, each with a fixed number; one that is left out keeps its own.
 
-    name: what the user called it. revision: what exactly it is: a hash of the files, or the
-    dataset's commit or fingerprint; "unknown" for a plain iterable. Document i is always the same.
+    only: column -> value; rows with another value are left out. drop_duplicates: a text that was
+    seen before is left out.
     """
 
-    name: str
-    revision: str
-    _open: Callable[[], Iterator[Document]]
+    source: Source
+    only: Mapping[str, str]
+    drop_duplicates: bool
+    _count: _Count = field(default_factory=_Count, repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        """What the user called it."""
+        return self.source.name
+
+    @property
+    def revision(self) -> str:
+        """What exactly it is, before filters: a hash of the files, or the dataset's commit or
+        fingerprint; "unknown" for a plain iterable."""
+        return self.source.revision
 
     def documents(self, start: int = 0) -> Iterator[Document]:
         """The documents from number `start` on."""
-        return itertools.islice(self._open(), start, None)
+        return (document for _, document in self.numbered(start))
+
+    def numbered(
+        self, start: int = 0, *, rank: int = 0, world_size: int = 1
+    ) -> Iterator[tuple[int, Document]]:
+        """The documents of one rank with their numbers, from the first number >= `start` on.
+
+        A rank's numbers leave `rank` when divided by `world_size`. With all ranks every document
+        comes once. Reading on from any number yields what an uninterrupted reading had yielded.
+        Streams of `datasets` whose number of files divides by `world_size` are read by files, each
+        rank its own: there a document's number depends on `world_size`.
+
+        Duplicates are found among all documents, those before `start` too, which are therefore
+        read again; a rank that reads files of its own finds only the duplicates within them. Every
+        text kept takes about 100 bytes of memory.
+
+        Raises: CorpusError for a rank there can't be; while reading, for rows that can't be read.
+        """
+        if start < 0 or not 0 <= rank < world_size:
+            raise CorpusError(
+                f"start={start}, rank={rank}, world_size={world_size}: expected start >= 0 and "
+                "0 <= rank < world_size"
+            )
+        share = Share(start, rank, world_size)
+        rows = self._distinct(share) if self.drop_duplicates else self.source.read(share)
+        part = "its" if world_size == 1 else f"rank {rank}'s"
+        return self._passing(rows, part)
+
+    def nothing_left(self, min_doc_tokens: int | None = None) -> CorpusError:
+        """Why the latest reading, done from 0 to its end, gave no token: no document holds one, or
+        the filters leave none. min_doc_tokens: that of the `Packing`, a filter like `only`."""
+        count = self._count
+        filters = [f"only={dict(self.only)}"] if self.only else []
+        filters += [f"min_doc_tokens={min_doc_tokens}"] if min_doc_tokens else []
+        if not filters or not count.n_read:
+            return CorpusError(f"{self.name} is empty: no document holds a token")
+        if count.n_passed and not min_doc_tokens:
+            return CorpusError(
+                f"{self.name}: of {count.part} {count.n_read:,} documents {count.n_passed:,} pass "
+                f"{filters[0]}, and none of them holds a token: loosen the filter"
+            )
+        return CorpusError(
+            f"{self.name}: none of {count.part} {count.n_read:,} documents passes "
+            f"{', '.join(filters)}: loosen a filter"
+        )
+
+    def _passing(self, rows: Rows, part: str) -> Iterator[tuple[int, Document]]:
+        count = self._count
+        count.part, count.n_read, count.n_passed = part, 0, 0
+        for number, document in rows:
+            count.n_read += 1
+            if document is not None:
+                count.n_passed += 1
+                yield number, document
+
+    def _distinct(self, share: Share) -> Rows:
+        """The rows of a share, None in the place of a text that came before, wherever it did."""
+        own_files = self.source.has_own_files(share.world_size)
+        seen: set[bytes] = set()
+        for number, document in self.source.read(share._replace(start=0) if own_files else Share()):
+            is_new = True
+            if document is not None:
+                digest = xxhash.xxh3_128_digest(document.text.encode())
+                is_new = digest not in seen
+                seen.add(digest)
+            if number in share:
+                yield number, document if is_new else None
 
 
 def open_corpus(
@@ -60,106 +134,79 @@ def open_corpus(
     split: str = "train",
     subset: str | None = None,
     revision: str | None = None,
+    only: Mapping[str, str] | None = None,
+    drop_duplicates: bool = False,
 ) -> Corpus:
     """Open a text source; nothing is read but what tells whether it can be.
 
     data: "demo", a path, a hub dataset's id, a `datasets` object, or an iterable of str or of
         dicts with `text_column`. A harvest is continued from a list or another iterable that starts
-        anew each time; of a generator, give a fresh one that yields the same.
+        anew each time; of a generator, give a fresh one that yields the same. A `Corpus` comes back
+        as it is.
     split, subset, revision: of a hub dataset.
-    Raises: CorpusError when it does not exist or has no such column (the message lists those
-        there are).
+    only: `{"language": "en"}` keeps the rows with that value in that column; of several columns all
+        must match. Values are compared as text (3 is "3", true is "true"); null matches nothing.
+    drop_duplicates: leave out a text that came before, see `Corpus.numbered`.
+    Raises: CorpusError when it does not exist, has no such column (the message lists those there
+        are), or has no columns to filter by.
     """
+    only = _checked_filter(only)
     if isinstance(data, Corpus):
+        _require_filters(data, only, drop_duplicates)
         return data
-    if not isinstance(data, str | Path):
-        return _from_object(data, text_column)
+    columns = Columns(text_column, only)
+    if isinstance(data, str | Path):
+        source = _from_name(data, columns, split, subset, revision)
+    else:
+        source = _from_object(data, columns)
+    return Corpus(source, only, drop_duplicates)
+
+
+def _checked_filter(only: Any) -> dict[str, str]:
+    if not isinstance(only, Mapping | None):
+        raise CorpusError(
+            f"only={only!r}: expected columns with values, such as only={{'language': 'en'}}"
+        )
+    return {str(column): as_text(value) for column, value in (only or {}).items()}
+
+
+def _require_filters(corpus: Corpus, only: Mapping[str, str], drop_duplicates: bool) -> None:
+    """Raises: CorpusError where filters are asked of a corpus that was opened without them."""
+    if (only and only != corpus.only) or (drop_duplicates and not corpus.drop_duplicates):
+        raise CorpusError(
+            f"{corpus.name} was opened with only={dict(corpus.only)}, "
+            f"drop_duplicates={corpus.drop_duplicates}, now it is only={dict(only)}, "
+            f"drop_duplicates={drop_duplicates}: give the filters to open_corpus(path, ...)"
+        )
+
+
+def _from_name(
+    data: str | Path, columns: Columns, split: str, subset: str | None, revision: str | None
+) -> Source:
     name, path = str(data), Path(data).expanduser()
     if name == "demo":
-        revision = f"{_files_revision([demo_articles_file()])}/prose{PROSE_VERSION}"
-        return Corpus(name, revision, _demo_documents)
+        columns.refuse_filter("data 'demo'")
+        version = f"{files_revision([demo_articles_file()])}/prose{PROSE_VERSION}"
+        return Source(name, version, _read_demo)
     try:
-        files = _text_files(path)
+        files = text_files(path)
     except OSError as error:  # no file's name is so long
         raise CorpusError(
             f"data {name[:40]!r}... is no path: {error.strerror}. Give texts themselves as a list"
         ) from error
     if files:
-        return _from_files(name, files, text_column)
+        return open_files(name, files, columns)
     if path.suffix in (*FILE_SUFFIXES, ".json", ".csv", ".gz", ".zst") and not path.is_dir():
         wanted = f"expected {', '.join(FILE_SUFFIXES)}" if path.exists() else "no such file"
         raise CorpusError(f"can't read the text file {name!r}: {wanted}")
-    return _from_hub(name, text_column, split, subset, revision)
+    return open_hub(name, columns, split, subset, revision)
 
 
-def _demo_documents() -> Iterator[Document]:
-    return (Document(text, title) for title, text in demo_articles())
+def _read_demo(share: Share) -> Rows:
+    return share_of((Document(text, title) for title, text in demo_articles()), share)
 
 
-def _text_files(path: Path) -> list[Path]:
-    if path.is_file() and path.suffix in FILE_SUFFIXES:
-        return [path]
-    if path.is_dir():
-        return sorted(f for f in path.rglob("*") if f.suffix in FILE_SUFFIXES and f.is_file())
-    return []
-
-
-def _from_files(name: str, files: list[Path], text_column: str) -> Corpus:
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".txt": _read_txt}
-
-    def documents() -> Iterator[Document]:
-        for file in files:
-            try:
-                yield from readers[file.suffix](file, text_column)
-            except (OSError, pa.ArrowException) as error:
-                raise CorpusError(f"can't read {file}: {_first_line(error)}") from error
-
-    next(documents(), None)  # a missing column or a torn first line is told now, not in an hour
-    return Corpus(name, _files_revision(files), documents)
-
-
-def _read_jsonl(file: Path, text_column: str) -> Iterator[Document]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:  # not JSON, or not UTF-8
-                raise CorpusError(
-                    f"{file}:{number} is not JSON ({error}): expected one object a line"
-                ) from error
-            yield Document(_text_of(row, text_column, f"{file}:{number}"), f"{file.name}:{number}")
-
-
-def _read_parquet(file: Path, text_column: str) -> Iterator[Document]:
-    with pq.ParquetFile(file) as table:
-        columns = table.schema_arrow.names
-        if text_column not in columns:
-            raise CorpusError(_no_column(str(file), text_column, columns))
-        number = itertools.count(1)
-        for batch in table.iter_batches(batch_size=256, columns=[text_column]):
-            for row in batch.to_pylist():
-                where = f"{file.name}:{next(number)}"
-                yield Document(_text_of(row, text_column, where), where)
-
-
-def _read_txt(file: Path, _: str) -> Iterator[Document]:
-    """Documents stand apart by two blank lines; very long ones are cut."""
-    with file.open(encoding="utf-8-sig", errors="replace") as f:
-        lines, size, number, blank = list[str](), 0, 0, 0
-        for line in itertools.chain(f, ["\n", "\n", "\n"]):
-            blank = 0 if line.strip() else blank + 1
-            is_long = size >= TXT_DOCUMENT_CHARS * (1 if blank else 8)
-            if size and (blank >= 2 or is_long):
-                number += 1
-                yield Document("".join(lines).strip("\n"), f"{file.name}:{number}")
-                lines, size = [], 0
-            lines.append(line)
-            size += len(line.strip())
-
-
-def _from_object(data: Any, text_column: str) -> Corpus:
+def _from_object(data: Any, columns: Columns) -> Source:
     if isinstance(data, Mapping):
         raise CorpusError(
             f"data is a {type(data).__name__} of {', '.join(map(str, data))}: give one of them"
@@ -169,110 +216,29 @@ def _from_object(data: Any, text_column: str) -> Corpus:
             f"data is {type(data).__name__}: expected a path, a hub dataset, or texts"
         )
     name = str(getattr(getattr(data, "info", None), "dataset_name", None) or type(data).__name__)
-    columns = getattr(data, "column_names", None)
-    if isinstance(columns, list) and columns and text_column not in columns:
-        raise CorpusError(_no_column(name, text_column, columns))
-    revision = str(getattr(data, "_fingerprint", "unknown"))
+    if is_dataset(data):
+        return open_dataset(data, name, columns)
+    revision = "unknown"
     if isinstance(data, list | tuple):
-        digest = xxhash.xxh3_128()
-        for item in data:
-            digest.update(_text_of(item, text_column, name).encode())
-        revision = f"xxh3:{digest.hexdigest()}"
-    return Corpus(name, revision, lambda: _rows(data, text_column, name))
+        revision = _texts_revision(data, columns, name)
+    return Source(name, revision, lambda share: _read_iterable(data, share, columns, name))
 
 
-def _rows(rows: Iterable[Any], text_column: str, name: str) -> Iterator[Document]:
+def _texts_revision(texts: Iterable[Any], columns: Columns, name: str) -> str:
+    """Hash of all texts that pass `only`, and of where they stand. Raises: CorpusError for what
+    is no text."""
+    digest = xxhash.xxh3_128()
+    for item in texts:
+        document = columns.document(item, name, name)
+        text = None if document is None else document.text.encode()
+        digest.update(b"-" if text is None else b"%d:%b" % (len(text), text))
+    return f"xxh3:{digest.hexdigest()}"
+
+
+def _read_iterable(rows: Iterable[Any], share: Share, columns: Columns, name: str) -> Rows:
     if inspect.isgenerator(rows) and inspect.getgeneratorstate(rows) != inspect.GEN_CREATED:
         raise CorpusError(
             "data is a generator that has been read from: its documents can't be counted from the "
             "first one on. Give a fresh generator, or a list"
         )
-    numbered = enumerate(rows, 1)
-    while True:
-        try:
-            number, row = next(numbered)
-        except StopIteration:
-            return
-        except OSError as error:  # the network, most likely
-            raise CorpusError(
-                f"can't read on in {name}: {_first_line(error)}. What was committed is safe: run "
-                "it again"
-            ) from error
-        yield Document(_text_of(row, text_column, name), f"{name}:{number}")
-
-
-def _from_hub(
-    name: str, text_column: str, split: str, subset: str | None, revision: str | None
-) -> Corpus:
-    """A hub dataset or a local dataset folder, streamed by `datasets` in its own order."""
-    import datasets
-
-    unknown = (
-        f"unknown data {name!r}: it is no .jsonl, .txt or .parquet file, no folder of them, "
-        "and not to be had from the Hugging Face hub ({}). Check the path or the name"
-    )
-    if not Path(name).expanduser().exists() and not hub_answers():
-        raise CorpusError(unknown.format("it can't be reached"))
-    try:
-        rows = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True)
-        columns = rows.column_names
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CorpusError(unknown.format(_first_line(error))) from error
-    if columns and text_column not in columns:
-        raise CorpusError(_no_column(name, text_column, columns))
-    resolved = _hub_revision(rows) or revision or "unknown"
-    label = ":".join(part for part in (name, subset, split) if part)
-    return Corpus(label, resolved, lambda: _rows(rows, text_column, label))
-
-
-def _hub_revision(rows: Any) -> str | None:
-    """The commit that stands in the checksummed addresses of a hub dataset, where it does."""
-    checksums = getattr(rows.info, "download_checksums", None) or {}
-    found = (re.search(r"@([0-9a-f]{40})/", str(address)) for address in checksums)
-    return next((match[1] for match in found if match), None)
-
-
-def _text_of(row: Any, text_column: str, where: str) -> str:
-    if isinstance(row, str):
-        return _valid_unicode(row)
-    if not isinstance(row, Mapping):
-        raise CorpusError(f"{where}: expected a text or a dict, found {type(row).__name__}")
-    if text_column not in row:
-        raise CorpusError(_no_column(where, text_column, list(row)))
-    text = row[text_column]
-    if not isinstance(text, str | None):
-        raise CorpusError(
-            f"{where}: column {text_column!r} holds {type(text).__name__}: expected text"
-        )
-    return _valid_unicode(text or "")
-
-
-def _valid_unicode(text: str) -> str:
-    """JSON may hold halves of characters, which no tokenizer takes: U+FFFD in their place."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
-
-
-def _no_column(where: str, text_column: str, columns: Iterable[str]) -> str:
-    return (
-        f"{where} has no column {text_column!r}: it has {', '.join(map(str, columns))}. "
-        "Name the column that holds the text with --text-column"
-    )
-
-
-def _files_revision(files: list[Path]) -> str:
-    """Hash of names, sizes and contents; of a very large file its first 64 MiB."""
-    digest = xxhash.xxh3_128()
-    for file in files:
-        digest.update(f"{file.name}:{file.stat().st_size}".encode())
-        with file.open("rb") as f:
-            digest.update(f.read(_HASHED_BYTES))
-    return f"xxh3:{digest.hexdigest()}"
+    return documents_of(share_of(rows, share), columns, name)

@@ -18,7 +18,7 @@ from typing import Any
 from .cache import ActivationCache
 from .documents import open_corpus
 from .durable import LOCK, PARTIAL_SUFFIX
-from .errors import CacheError, CacheMismatch, CorpusError, DiskFull
+from .errors import CacheError, CacheMismatch, DiskFull
 from .fingerprinting import (
     bytes_per_token,
     fingerprint_of,
@@ -87,7 +87,12 @@ def harvest(
     require_ours(root)
     if repair:
         restore_manifests([root, *(root.child(f"{PARTS}/{name}") for name in root.names(PARTS))])
-    corpus = open_corpus(data, text_column=config.text_column)
+    corpus = open_corpus(
+        data,
+        text_column=config.text_column,
+        only=config.only or None,
+        drop_duplicates=config.drop_duplicates,
+    )
     target = choose_target(root, corpus, config, extend=extend, rank=rank, world_size=world_size)
     if target.manifest is not None:
         made = target.manifest.fingerprint
@@ -147,9 +152,7 @@ class _Work:
             blocks = self.producer.blocks(start)
             first = next(blocks, None) if n_done < self.n_wanted else None
             if not first and not records:
-                raise CorpusError(
-                    f"{self.producer.corpus.name} is empty: no document holds a token"
-                )
+                raise self.producer.corpus.nothing_left(self.fingerprint.min_doc_tokens)
             _require_space(self.store, self.fingerprint, self.n_wanted - n_done)
             manifest = manifest.model_copy(
                 update={"n_tokens_wanted": self.n_wanted, "is_complete": False}

@@ -7,7 +7,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import CacheError
 from .formats import STORAGE_DTYPES
-from .packing import Packing
 
 
 class HarvestConfig(BaseModel):
@@ -72,15 +71,6 @@ class HarvestConfig(BaseModel):
                 f"{', '.join(STORAGE_DTYPES)}"
             )
         return made
-
-    def packing(self, bos_id: int | None, separator_id: int | None) -> Packing:
-        """How documents become blocks."""
-        return Packing(
-            ctx_len=self.ctx_len,
-            bos_id=bos_id,
-            separator_id=separator_id,
-            max_doc_tokens=self.max_doc_tokens,
-        )
 
 
 class HarvestProgress(NamedTuple):

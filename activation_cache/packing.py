@@ -1,9 +1,10 @@
 """Documents -> packed blocks of tokens, in order, with nothing lost at any border.
 
-In: documents and a tokenizer. Out: `PackedBlock`s of exactly `ctx_len` rows (the last may be
-shorter). Documents stand one after another, each closed by the separator token; a document that
+In: numbered documents and a tokenizer. Out: `PackedBlock`s of exactly `ctx_len` rows (the last may
+be shorter). Documents stand one after another, each closed by the separator token; a document that
 does not fit goes on in the next block. `Position` says where the next block starts, so that packing
-from there yields the very same blocks as packing from the beginning.
+from there yields the very same blocks as packing from the beginning. Numbers ascend and may have
+gaps, where documents are left out or belong to other ranks.
 """
 
 import itertools
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .documents import Document
+from .rows import Document
 
 BOS_POSITION = -1
 """Position of a BOS row: it belongs to no place in a document."""
@@ -21,7 +22,10 @@ _TOKENIZED_AT_ONCE = 64
 
 
 class Position(NamedTuple):
-    """The first token that no block holds yet: number of its document, and its place in it."""
+    """The first token that no block holds yet: number of its document, and its place in it.
+
+    At place 0 the document is the first one there is with this number or a higher one.
+    """
 
     document: int = 0
     token: int = 0
@@ -50,21 +54,27 @@ class Packing(NamedTuple):
 
     ctx_len: rows of a block, BOS included. bos_id: set before every block, or None.
     separator_id: set after every document, or None. max_doc_tokens: more of a document is left out.
+    min_doc_tokens: a document with fewer is left out whole; its own tokens count, before
+    `max_doc_tokens` cuts them and without the separator.
     """
 
     ctx_len: int
     bos_id: int | None = None
     separator_id: int | None = None
     max_doc_tokens: int | None = None
+    min_doc_tokens: int | None = None
 
 
 def pack(
-    documents: Iterable[Document], tokenizer: Any, packing: Packing, start: Position = START
+    numbered: Iterable[tuple[int, Document]],
+    tokenizer: Any,
+    packing: Packing,
+    start: Position = START,
 ) -> Iterator[PackedBlock]:
-    """Yield blocks. documents: those from number `start.document` on."""
+    """Yield blocks. numbered: the documents with number `start.document` or higher, ascending."""
     room = packing.ctx_len - (packing.bos_id is not None)
     rows = _Rows([], [], [], {})
-    for doc_id, source, tokens in _tokenized(documents, tokenizer, packing, start.document):
+    for doc_id, source, tokens in _tokenized(numbered, tokenizer, packing):
         skipped = start.token if doc_id == start.document else 0
         if skipped == 0 and tokens:
             rows.sources[doc_id] = source
@@ -105,16 +115,18 @@ def _block(rows: _Rows, packing: Packing, end: Position) -> PackedBlock:
 
 
 def _tokenized(
-    documents: Iterable[Document], tokenizer: Any, packing: Packing, first: int
+    numbered: Iterable[tuple[int, Document]], tokenizer: Any, packing: Packing
 ) -> Iterator[tuple[int, str, list[int]]]:
-    """(doc_id, source, tokens with the separator) of each document; an empty one has no tokens."""
-    numbered = enumerate(documents, first)
-    while group := list(itertools.islice(numbered, _TOKENIZED_AT_ONCE)):
+    """(doc_id, source, tokens with the separator) of each document; one that is empty or too short
+    has no tokens."""
+    left = iter(numbered)
+    while group := list(itertools.islice(left, _TOKENIZED_AT_ONCE)):
         ids = tokenizer(
             [document.text for _, document in group], add_special_tokens=False, verbose=False
         ).input_ids
         for (doc_id, document), tokens in zip(group, ids, strict=True):
-            kept = tokens[: packing.max_doc_tokens]
+            is_too_short = len(tokens) < (packing.min_doc_tokens or 0)
+            kept = [] if is_too_short else tokens[: packing.max_doc_tokens]
             if kept and packing.separator_id is not None:
                 kept = [*kept, packing.separator_id]
             yield doc_id, document.source, kept

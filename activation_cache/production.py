@@ -121,9 +121,11 @@ class Producer:
 
     def _packed(self, start: Position, rank: int, world_size: int) -> Iterator[PackedBlock]:
         f = self.fingerprint
-        packing = Packing(f.ctx_len, f.bos_id, f.separator_id, f.max_doc_tokens)
-        documents = self.corpus.documents(start.document - self.first_document)
-        return pack(documents, self.lm.tokenizer, packing, start)
+        packing = Packing(f.ctx_len, f.bos_id, f.separator_id, f.max_doc_tokens, f.min_doc_tokens)
+        shift = self.first_document
+        numbered = self.corpus.numbered(start.document - shift, rank=rank, world_size=world_size)
+        shifted = ((number + shift, document) for number, document in numbered)
+        return pack(shifted, self.lm.tokenizer, packing, start)
 
 
 class _ShardSequence:

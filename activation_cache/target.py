@@ -39,7 +39,7 @@ def choose_target(
     Raises: CacheMismatch if it can't be added yet, CacheCorrupt.
     """
     begun = [(store, Manifest.read(store)) for store in part_stores(root)]
-    number = _number_of(root, begun, corpus, config)
+    number = _number_of(root, begun, corpus)
     if number is None:
         numbers = part_numbers(root)
         number = numbers[-1] + 1 if extend and numbers else 0
@@ -72,14 +72,12 @@ def _text_number(root: Store, part: Store) -> int:
     return int(inside[:4] or 0)
 
 
-def _number_of(
-    root: Store, begun: list[tuple[Store, Manifest]], corpus: Corpus, config: HarvestConfig
-) -> int | None:
+def _number_of(root: Store, begun: list[tuple[Store, Manifest]], corpus: Corpus) -> int | None:
     """Which text of a cache this is, if it is there."""
     for store, manifest in begun:
         made = manifest.fingerprint
         same = made.data == corpus.name and made.data_revision == corpus.revision
-        if same and made.only == config.only:
+        if same and made.only == dict(corpus.only):
             return _text_number(root, store)
     return None
 

@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from activation_cache import CorpusError, open_corpus
 from activation_cache.wikipedia import prose_of
@@ -174,6 +176,154 @@ def test_unknown_names_are_told_at_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert time.perf_counter() - start < 2
     (tmp_path / "empty").mkdir()
     assert _error(tmp_path / "empty").startswith(f"unknown data {str(tmp_path / 'empty')!r}")
+
+
+LANGUAGES = ["en", "de", "en", "en", "fr", None, "en", "de", "en"]
+ROWS = [
+    {"text": t, "language": g, "score": n, "is_good": n < 2}
+    for n, (t, g) in enumerate(zip("abacabbca", LANGUAGES, strict=True))
+]
+
+
+def _sources_of_rows(tmp_path: Path) -> list[Any]:
+    jsonl, parquet = tmp_path / "a.jsonl", tmp_path / "b.parquet"
+    jsonl.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    pq.write_table(pa.Table.from_pylist(ROWS), parquet, row_group_size=2)
+    dataset = datasets.Dataset.from_list(ROWS)
+    return [jsonl, parquet, ROWS, dataset, dataset.to_iterable_dataset(num_shards=2)]
+
+
+def _numbered(data: Any, *, start: int = 0, **options: Any) -> list[tuple[int, str]]:
+    return [(n, d.text) for n, d in open_corpus(data, **options).numbered(start)]
+
+
+def test_only_keeps_matching_rows_and_their_numbers(tmp_path: Path) -> None:
+    english = [(n, row["text"]) for n, row in enumerate(ROWS) if row["language"] == "en"]
+    for source in _sources_of_rows(tmp_path):
+        assert _numbered(source, only={"language": "en"}) == english
+        assert _numbered(source, only={"language": "en"}, start=3) == english[2:]
+        assert _numbered(source, only={"language": "en", "text": "b"}) == [(6, "b")]
+        assert _numbered(source, only={"score": "7"}) == [(7, "c")]
+        assert _numbered(source, only={"is_good": "true"}) == [(0, "a"), (1, "b")]
+        assert _numbered(source, only={"is_good": True}) == [(0, "a"), (1, "b")]
+        assert _numbered(source, only={"language": "None"}) == []
+        assert open_corpus(source, only={}).only == {}
+
+
+def test_duplicates_are_left_out_wherever_reading_begins(tmp_path: Path) -> None:
+    distinct = [(0, "a"), (1, "b"), (3, "c")]
+    english = [(0, "a"), (3, "c"), (6, "b")]  # the first "b" that is English
+    for source in _sources_of_rows(tmp_path):
+        for start in range(len(ROWS) + 2):
+            left = [pair for pair in distinct if pair[0] >= start]
+            assert _numbered(source, drop_duplicates=True, start=start) == left
+            filters: dict[str, Any] = {"only": {"language": "en"}, "drop_duplicates": True}
+            left = [pair for pair in english if pair[0] >= start]
+            assert _numbered(source, **filters, start=start) == left
+
+
+def test_ranks_that_read_everything_drop_each_others_duplicates() -> None:
+    corpus = open_corpus(list("abacabbca"), drop_duplicates=True)
+    ranks = [list(corpus.numbered(rank=rank, world_size=2)) for rank in range(2)]
+    assert [[(n, d.text) for n, d in rank] for rank in ranks] == [[(0, "a")], [(1, "b"), (3, "c")]]
+
+
+def test_filter_by_an_unknown_column_lists_the_columns(tmp_path: Path) -> None:
+    jsonl, parquet, rows, dataset, stream = _sources_of_rows(tmp_path)
+    for source, name in [
+        (jsonl, f"{jsonl}:1"),
+        (parquet, str(parquet)),
+        (rows, "list"),
+        (dataset, "Dataset"),
+        (stream, "IterableDataset"),
+    ]:
+        with pytest.raises(CorpusError) as raised:  # at once, before anything is read
+            open_corpus(source, only={"lang": "en"})
+        assert str(raised.value) == (
+            f"{name} has no column 'lang' for only={{'lang': 'en'}}: it has text, language, score, "
+            "is_good"
+        )
+
+
+def test_filter_on_a_source_without_columns_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "c.txt").write_text("a")
+    for source, what in [
+        (tmp_path / "c.txt", str(tmp_path / "c.txt")),
+        (tmp_path, str(tmp_path / "c.txt")),
+        (TEXTS, "list"),
+        ((t for t in TEXTS), "generator"),
+        ("demo", "data 'demo'"),
+    ]:
+        assert _error(source, only={"language": "en"}) == (
+            f"{what} has no columns that only={{'language': 'en'}} could look at: leave `only` "
+            "out, or give rows with columns (.jsonl, .parquet, dicts, a dataset)"
+        )
+    assert _error(ROWS, only="en") == (
+        "only='en': expected columns with values, such as only={'language': 'en'}"
+    )
+
+
+def test_filters_of_a_corpus_stand_where_it_was_opened() -> None:
+    corpus = open_corpus(ROWS, only={"language": "en"})
+    assert open_corpus(corpus) is corpus
+    assert open_corpus(corpus, only={"language": "en"}) is corpus
+    assert _error(corpus, only={"language": "de"}).startswith(
+        "list was opened with only={'language': 'en'}, drop_duplicates=False, now it is only={'lang"
+    )
+    assert "drop_duplicates=True: give the filters to" in _error(corpus, drop_duplicates=True)
+
+
+def test_what_the_filters_left_is_told() -> None:
+    def left(data: Any, min_doc_tokens: int | None = None, **options: Any) -> str:
+        corpus = open_corpus(data, **options)
+        list(corpus.numbered())
+        return str(corpus.nothing_left(min_doc_tokens))
+
+    empty = "list is empty: no document holds a token"
+    assert left([]) == left(["", ""]) == left([], 20, only={"language": "xx"}) == empty
+    assert left(ROWS * 200, 20, only={"language": "xx"}) == (
+        "list: none of its 1,800 documents passes only={'language': 'xx'}, min_doc_tokens=20: "
+        "loosen a filter"
+    )
+    assert (
+        left(ROWS, 20) == "list: none of its 9 documents passes min_doc_tokens=20: loosen a filter"
+    )
+    rows = [{"text": "", "language": "en"}, *ROWS[4:]]
+    assert left(rows[:3], only={"language": "en"}) == (
+        "list: of its 3 documents 1 pass only={'language': 'en'}, and none of them holds a token: "
+        "loosen the filter"
+    )
+    corpus = open_corpus(ROWS, only={"language": "xx"})
+    list(corpus.numbered(rank=1, world_size=2))
+    assert str(corpus.nothing_left()).startswith("list: none of rank 1's 4 documents passes only=")
+
+
+def test_impossible_ranks_are_refused() -> None:
+    for options in ({"rank": 2, "world_size": 2}, {"rank": -1}, {"start": -1}, {"world_size": 0}):
+        with pytest.raises(CorpusError, match="expected start >= 0 and 0 <= rank < world_size"):
+            open_corpus(TEXTS).numbered(**options)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.sampled_from("abcd"), max_size=30), st.integers(1, 5), st.booleans())
+def test_any_resume_of_any_rank_loses_and_repeats_nothing(
+    texts: list[str], world_size: int, drop_duplicates: bool
+) -> None:
+    corpus = open_corpus(texts, drop_duplicates=drop_duplicates)
+    whole = list(corpus.numbered())
+    for rank in range(world_size):
+        own = [pair for pair in whole if pair[0] % world_size == rank]
+        for start in range(len(texts) + 2):
+            left = [pair for pair in own if pair[0] >= start]
+            assert list(corpus.numbered(start, rank=rank, world_size=world_size)) == left
+
+
+def test_revision_of_texts_tells_where_one_ends() -> None:
+    assert open_corpus(["ab", "c"]).revision != open_corpus(["a", "bc"]).revision
+    german = [{**row, "language": "de"} for row in ROWS]
+    filters = {"only": {"language": "en"}}
+    assert open_corpus(ROWS).revision == open_corpus(german).revision
+    assert open_corpus(ROWS, **filters).revision != open_corpus(german, **filters).revision
 
 
 def test_wikitext_becomes_prose() -> None:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from activation_cache import Document
@@ -28,22 +28,27 @@ _packings = st.builds(
     bos_id=st.sampled_from([None, BOS]),
     separator_id=st.sampled_from([None, SEPARATOR]),
     max_doc_tokens=st.sampled_from([None, 1, 5, 17]),
+    min_doc_tokens=st.sampled_from([None, 1, 4, 12]),
 )
+_gaps = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 
 
-def _documents(lengths: list[int]) -> list[Document]:
+def _numbered(lengths: list[int], gaps: list[int]) -> list[tuple[int, Document]]:
+    """Documents whose numbers ascend by `gaps`, over and over."""
     letters = itertools.count(33)  # every token of the corpus is another one
+    numbers = itertools.accumulate(itertools.cycle(gaps), initial=0)
     return [
-        Document("".join(chr(next(letters)) for _ in range(n)), f"doc{i}")
-        for i, n in enumerate(lengths)
+        (number, Document("".join(chr(next(letters)) for _ in range(n)), f"doc{number}"))
+        for number, n in zip(numbers, lengths, strict=False)
     ]
 
 
-def _expected(documents: list[Document], packing: Packing) -> list[tuple[int, int, int]]:
+def _expected(numbered: list[tuple[int, Document]], packing: Packing) -> list[tuple[int, int, int]]:
     """(token, document, position) of everything that must come out, BOS rows left out."""
     rows = []
-    for doc_id, document in enumerate(documents):
-        ids = [ord(c) for c in document.text][: packing.max_doc_tokens]
+    for doc_id, document in numbered:
+        ids = [ord(c) for c in document.text]
+        ids = ids[: packing.max_doc_tokens] if len(ids) >= (packing.min_doc_tokens or 0) else []
         ids += [SEPARATOR] if ids and packing.separator_id else []
         rows += [(token, doc_id, position) for position, token in enumerate(ids)]
     return rows
@@ -66,33 +71,37 @@ def _same(a: PackedBlock, b: PackedBlock) -> bool:
     )
 
 
-@given(_lengths, _packings)
-def test_blocks_hold_every_token_once_in_order(lengths: list[int], packing: Packing) -> None:
-    documents = _documents(lengths)
-    blocks = list(pack(documents, _Letters(), packing))
-    assert _rows(blocks) == _expected(documents, packing)
+@given(_lengths, _gaps, _packings)
+def test_blocks_hold_every_token_once_in_order(
+    lengths: list[int], gaps: list[int], packing: Packing
+) -> None:
+    numbered = _numbered(lengths, gaps)
+    blocks = list(pack(numbered, _Letters(), packing))
+    assert _rows(blocks) == _expected(numbered, packing)
     assert all(len(b.token_ids) == packing.ctx_len for b in blocks[:-1])
     assert all(0 < len(b.token_ids) <= packing.ctx_len for b in blocks[-1:])
 
 
-@given(_lengths, _packings)
+@settings(deadline=None)
+@given(_lengths, _gaps, _packings)
 def test_packing_from_any_end_yields_the_same_further_blocks(
-    lengths: list[int], packing: Packing
+    lengths: list[int], gaps: list[int], packing: Packing
 ) -> None:
-    documents = _documents(lengths)
-    blocks = list(pack(documents, _Letters(), packing))
+    numbered = _numbered(lengths, gaps)
+    blocks = list(pack(numbered, _Letters(), packing))
     for i, block in enumerate([None, *blocks]):
         start = block.end if block else START
-        again = list(pack(documents[start.document :], _Letters(), packing, start))
+        left = [pair for pair in numbered if pair[0] >= start.document]
+        again = list(pack(left, _Letters(), packing, start))
         assert len(again) == len(blocks) - i
         assert all(map(_same, again, blocks[i:]))
 
 
-@given(_lengths, _packings)
+@given(_lengths, _gaps, _packings)
 def test_bos_opens_every_block_and_belongs_to_the_row_after_it(
-    lengths: list[int], packing: Packing
+    lengths: list[int], gaps: list[int], packing: Packing
 ) -> None:
-    for block in pack(_documents(lengths), _Letters(), packing):
+    for block in pack(_numbered(lengths, gaps), _Letters(), packing):
         is_bos = block.positions == BOS_POSITION
         assert is_bos.sum() == (packing.bos_id is not None)
         if packing.bos_id is not None:
@@ -101,8 +110,18 @@ def test_bos_opens_every_block_and_belongs_to_the_row_after_it(
             assert block.doc_ids[0] == block.doc_ids[1]
 
 
-@given(_lengths, _packings)
-def test_sources_are_told_where_documents_start(lengths: list[int], packing: Packing) -> None:
-    for block in pack(_documents(lengths), _Letters(), packing):
+@given(_lengths, _gaps, _packings)
+def test_sources_are_told_where_documents_start(
+    lengths: list[int], gaps: list[int], packing: Packing
+) -> None:
+    for block in pack(_numbered(lengths, gaps), _Letters(), packing):
         starting = block.doc_ids[block.positions == 0].tolist()
         assert block.sources == {doc: f"doc{doc}" for doc in starting}
+
+
+def test_too_short_documents_are_measured_before_they_are_cut_and_separated() -> None:
+    numbered = [(0, Document("ab", "0")), (4, Document("abc", "4")), (9, Document("", "9"))]
+    packing = Packing(8, separator_id=SEPARATOR, max_doc_tokens=1, min_doc_tokens=3)
+    (block,) = pack(numbered, _Letters(), packing)
+    assert block.token_ids.tolist() == [ord("a"), SEPARATOR]
+    assert (block.doc_ids.tolist(), block.end, block.sources) == ([4, 4], (5, 0), {4: "4"})
