@@ -22,10 +22,12 @@ from .harvest import harvest
 from .harvest_config import HarvestConfig, HarvestProgress
 from .language_model import Captured, LanguageModel
 from .statistics import CacheStatistics, StatisticsProgress, cache_statistics
+from .stream import ActivationStream
 
 __all__ = [
     "ActivationCache",
     "ActivationCacheError",
+    "ActivationStream",
     "CacheBusy",
     "CacheCorrupt",
     "CacheError",

@@ -62,12 +62,6 @@ def written(path: Path, *, reserve_bytes: int = 0) -> Iterator[DurableFile]:
             partial.unlink()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file durably."""
-    with written(path) as file:
-        file.write(text.encode())
-
-
 def fsync_folder(folder: Path) -> None:
     """Make renames in `folder` survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)

@@ -130,7 +130,7 @@ class Manifest(_Record):
 
     def write(self, store: Store) -> None:
         for name in (MANIFEST_COPY, MANIFEST):
-            _write_record(store, name, self)
+            write_record(store, name, self)
 
 
 class FileRecord(_Record):
@@ -169,7 +169,7 @@ class ShardRecord(_Record):
         return record
 
     def write(self, store: Store) -> None:
-        _write_record(store, record_name(self.shard), self)
+        write_record(store, record_name(self.shard), self)
 
 
 def shard_name(shard: int, stream: str) -> str:
@@ -241,11 +241,16 @@ def parsed_json(path: str, data: bytes) -> dict[str, Any]:
 _MEND = "Make it again with `saebase harvest --repair`, or restore it"
 
 
-def _write_record(store: Store, name: str, record: BaseModel) -> None:
+def write_record(store: Store, name: str, record: BaseModel) -> None:
     """Write a record as JSON that carries a checksum of itself."""
     raw = record.model_dump(mode="json")
     raw["checksum"] = _checksum(raw)
     store.write(name, (json.dumps(raw, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_record(kind: type[T], store: Store, name: str) -> T:
+    """A record that `write_record` wrote. Raises: CacheCorrupt."""
+    return _validated(kind, read_json(store, name), store.path(name))
 
 
 def _validated(kind: type[T], raw: dict[str, Any], path: str) -> T:

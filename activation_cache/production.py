@@ -224,13 +224,12 @@ def activations_of(
 ) -> dict[str, Tensor]:
     """Activations of packed blocks, hookpoint -> [rows of all blocks, width].
 
-    The last block of a corpus may be shorter than the others: it is run by itself.
+    The last block of a text may be shorter than the others: it is run by itself.
     """
-    whole = [b for b in blocks if len(b.token_ids) == len(blocks[0].token_ids)]
-    parts = [whole, *([b] for b in blocks[len(whole) :])]
+    alike = itertools.groupby(blocks, key=lambda block: len(block.token_ids))
     captured = [
         lm.capture(torch.stack([torch.from_numpy(b.token_ids) for b in part]), hookpoints).acts
-        for part in parts
+        for _, part in alike
     ]
     return {h: torch.cat([acts[h].flatten(0, 1) for acts in captured]) for h in hookpoints}
 

@@ -15,7 +15,7 @@ from sae.config import EvalConfig
 from sae.errors import SourceError
 from sae.initialisation import sample_rows
 from sae.report import Baseline, CrossEntropy, Reconstruction, Report
-from sae.sources import ActivationSource, SplicedModel
+from sae.sources import EvaluationSource, SplicedModel
 from sae.splicing import Replacement, SplicedLosses, spliced_losses
 
 DEFAULTS = EvalConfig()
@@ -43,7 +43,7 @@ class Measured(NamedTuple):
 @torch.no_grad()
 def evaluate(
     sae: SAE,
-    source: ActivationSource,
+    source: EvaluationSource,
     lm: SplicedModel | None = None,
     config: EvalConfig = DEFAULTS,
     hookpoint: str | None = None,
@@ -85,7 +85,7 @@ class _Rows:
     """The held-out rows, as often as wanted, float32 on the SAE's device; and their mean."""
 
     def __init__(
-        self, sae: SAE, source: ActivationSource, hookpoint: str, config: EvalConfig
+        self, sae: SAE, source: EvaluationSource, hookpoint: str, config: EvalConfig
     ) -> None:
         self._source, self._hookpoint, self._config = source, hookpoint, config
         self._device = sae.b_dec.device
@@ -189,7 +189,7 @@ def _recovered(losses: SplicedLosses, name: str) -> float | None:
 
 def _losses(
     lm: SplicedModel,
-    source: ActivationSource,
+    source: EvaluationSource,
     hookpoint: str,
     replacements: dict[str, Replacement],
     max_norm: float,
@@ -233,7 +233,7 @@ def _baselines(
     )
 
 
-def _fitting_hookpoint(sae: SAE, source: ActivationSource, hookpoint: str | None) -> str:
+def _fitting_hookpoint(sae: SAE, source: EvaluationSource, hookpoint: str | None) -> str:
     """The hookpoint to evaluate at, if the source's activations there are of the SAE's kind."""
     if hookpoint and sae.hookpoint and hookpoint != sae.hookpoint:
         raise SourceError(

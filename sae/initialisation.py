@@ -22,6 +22,7 @@ from sae.sources import ActivationSource
 
 # The Weiszfeld iteration converges linearly; the mean is already close.
 MEDIAN_STEPS = 32
+SAMPLE_BATCH = 4096
 
 
 class InputStatistics(NamedTuple):
@@ -89,14 +90,16 @@ def rescale_(sae: SAE, factor: float) -> SAE:
 
 
 def sample_batches(
-    source: ActivationSource, hookpoint: str, n_rows: int, *, seed: int, batch_size: int = 4096
+    source: ActivationSource, hookpoint: str, n_rows: int, *, seed: int, near_row: int = 0
 ) -> Iterator[Tensor]:
     """The first n_rows finite train rows of the shuffled order (all, if fewer), in batches.
 
+    near_row: a source that keeps no past takes them near this row of its stream.
     Raises: SourceError if there is none.
     """
     n_available, n_read = source.n_rows(hookpoint), 0
-    for batch in source.batches(hookpoint, max(1, min(batch_size, n_available)), seed=seed):
+    batch_size = SAMPLE_BATCH if n_available is None else max(1, min(SAMPLE_BATCH, n_available))
+    for batch in source.sample(hookpoint, batch_size, seed=seed, near_row=near_row):
         is_finite = batch.isfinite().all(1)
         rows = (batch if is_finite.all() else batch[is_finite])[: n_rows - n_read]
         n_read += len(rows)
@@ -105,11 +108,13 @@ def sample_batches(
             return
     if n_read == 0:
         raise SourceError(
-            f"{hookpoint} has no finite train row among the {n_available} of the source; harvest "
-            "more tokens, or look at the model's precision"
+            f"{hookpoint} has no finite train row among the {n_available or 'sampled'} of the "
+            "source; harvest more tokens, or look at the model's precision"
         )
 
 
-def sample_rows(source: ActivationSource, hookpoint: str, n_rows: int, *, seed: int) -> Tensor:
+def sample_rows(
+    source: ActivationSource, hookpoint: str, n_rows: int, *, seed: int, near_row: int = 0
+) -> Tensor:
     """The rows of sample_batches as one tensor: [n, d_model]."""
-    return torch.cat(list(sample_batches(source, hookpoint, n_rows, seed=seed)))
+    return torch.cat(list(sample_batches(source, hookpoint, n_rows, seed=seed, near_row=near_row)))

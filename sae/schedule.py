@@ -24,12 +24,16 @@ def resolve(
     Raises: SourceError if the source holds less than one batch; ConfigError if settings clash.
     """
     n_rows, batch_size = source.n_rows(hookpoint), config.batch_size
-    if n_rows < batch_size:
+    if n_rows is None and not (config.n_steps or config.n_tokens):
+        raise ConfigError(
+            "a stream of activations has no length: say how long to train, with n_tokens or n_steps"
+        )
+    if n_rows is not None and n_rows < batch_size:
         raise SourceError(
             f"{hookpoint} has {n_rows} train rows, fewer than batch_size={batch_size}; harvest "
             "more tokens, or lower batch_size"
         )
-    n_tokens = config.n_tokens or n_rows // batch_size * batch_size
+    n_tokens = config.n_tokens or (n_rows or 0) // batch_size * batch_size
     n_steps = config.n_steps or math.ceil(n_tokens / batch_size)
     resolved: dict[str, Any] = {
         "n_steps": n_steps,

@@ -1,6 +1,6 @@
 """Where activations come from: what sae asks of an activation cache and a language model.
 
-activation_cache.ActivationCache and activation_cache.LanguageModel satisfy the protocols;
+activation_cache's ActivationCache, ActivationStream and LanguageModel satisfy the protocols;
 TensorSource makes any tensor a source.
 """
 
@@ -38,11 +38,8 @@ class ActivationSource(Protocol):
     def d_model(self, hookpoint: str) -> int:
         """Width of the activations."""
 
-    def n_rows(self, hookpoint: str, *, split: Split = "train") -> int:
-        """Rows of a split, those of massive norm left out."""
-
-    def n_massive(self, hookpoint: str, *, split: Split = "train") -> int:
-        """Rows of a split that are left out because their norm is massive."""
+    def n_rows(self, hookpoint: str, *, split: Split = "train") -> int | None:
+        """Rows of a split, those of massive norm left out; None for a stream without end."""
 
     def max_norm(self, hookpoint: str) -> float:
         """Rows of a larger L2 norm are massive; math.inf if none are."""
@@ -55,7 +52,7 @@ class ActivationSource(Protocol):
         seed: int,
         split: Split = "train",
         start_batch: int = 0,
-        epochs: int | None = 1,
+        epochs: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> Iterator[Tensor]:
@@ -64,11 +61,30 @@ class ActivationSource(Protocol):
         The order depends on seed alone; start_batch begins there without reading what lies before.
         """
 
-    def token_blocks(self, *, split: Split = "heldout") -> Iterator[TokenBlock]:
-        """The tokens that the activations of a split come from."""
+    def sample(
+        self, hookpoint: str, batch_size: int, *, seed: int, near_row: int = 0
+    ) -> Iterator[Tensor]:
+        """Train rows to measure on, once each, in batches: from the beginning of the shuffled order
+        where the source keeps it, else from what it holds when row near_row is read."""
+
+    def wants_checkpoint(self, n_rows_read: int, hookpoint: str) -> bool:
+        """Whether the source could drop rows if a checkpoint stood after so many rows."""
+
+    def release(self, n_rows_read: int, hookpoint: str) -> None:
+        """A durable checkpoint stands after so many rows."""
 
     def provenance(self, hookpoint: str) -> dict[str, Any]:
         """What the activations were made from, as JSON: model, revision, tokenizer, hashes."""
+
+
+class EvaluationSource(ActivationSource, Protocol):
+    """A source that holds its rows, and the tokens they come from."""
+
+    def n_massive(self, hookpoint: str, *, split: Split = "train") -> int:
+        """Rows of a split that are left out because their norm is massive."""
+
+    def token_blocks(self, *, split: Split = "heldout") -> Iterator[TokenBlock]:
+        """The tokens that the activations of a split come from."""
 
 
 class SplicedModel(Protocol):
@@ -151,6 +167,21 @@ class TensorSource:
                 return
             places = torch.arange(start, int(stop))[rank::world_size]
             yield rows[_shuffled(places, len(rows), seed)]
+
+    def sample(
+        self, hookpoint: str, batch_size: int, *, seed: int, near_row: int = 0
+    ) -> Iterator[Tensor]:
+        """The first epoch."""
+        del near_row
+        return self.batches(hookpoint, batch_size, seed=seed)
+
+    def wants_checkpoint(self, n_rows_read: int, hookpoint: str) -> bool:
+        """False: all rows stay."""
+        del n_rows_read, hookpoint
+        return False
+
+    def release(self, n_rows_read: int, hookpoint: str) -> None:
+        """Nothing: all rows stay."""
 
     def token_blocks(self, *, split: Split = "heldout") -> Iterator[TokenBlock]:
         """None: a plain tensor has no tokens."""

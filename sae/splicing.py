@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae.config import Split
 from sae.errors import SourceError
-from sae.sources import ActivationSource, SplicedModel, TokenBlock
+from sae.sources import EvaluationSource, SplicedModel, TokenBlock
 
 Replacement = Callable[[Tensor], Tensor]
 
@@ -33,7 +33,7 @@ class SplicedLosses(NamedTuple):
 @torch.no_grad()
 def spliced_losses(
     lm: SplicedModel,
-    source: ActivationSource,
+    source: EvaluationSource,
     hookpoint: str,
     replacements: Mapping[str, Replacement],
     *,
@@ -87,7 +87,7 @@ def _in_domain_only(replacement: Replacement, max_norm: float) -> Replacement:
 
 
 def _batches(
-    source: ActivationSource, split: Split, batch_size: int
+    source: EvaluationSource, split: Split, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """token_ids [batch, seq] of blocks of equal length, and which targets count [batch, seq - 1].
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -77,7 +77,7 @@ def _loop(
     should_stop: Callable[[], bool] | None,
 ) -> None:
     """Read, step, track, save."""
-    config, counters = state.config, state.counters
+    config, counters, hookpoint = state.config, state.counters, folder.plan.hookpoint
     assert config.n_steps is not None
     meter = _Meter(state)
     with _checkpoint_on_error(state, folder, log):
@@ -91,9 +91,12 @@ def _loop(
                 log.append(metrics)
                 if on_metrics is not None:
                     on_metrics(metrics)
-            if is_last or counters.step % config.checkpoint_every_steps == 0:
+            n_rows_read = counters.step * config.batch_size
+            is_due = is_last or counters.step % config.checkpoint_every_steps == 0
+            if is_due or source.wants_checkpoint(n_rows_read, hookpoint):
                 meter.track_time()
                 folder.checkpoint(state, log)
+                source.release(n_rows_read, hookpoint)
             if not is_last and should_stop is not None and should_stop():
                 raise TrainingStoppedError(
                     f"training in {folder.path} was stopped after step {counters.step} of "
@@ -133,8 +136,12 @@ def _finish(state: TrainingState, source: ActivationSource, folder: RunFolder) -
     config, hookpoint = state.config, folder.plan.hookpoint
     sae = state.finished_sae(folder.plan.origin(state.counters.n_tokens)).to(config.device)
     n_rows = config.calibration_rows
-    threshold_rows = sample_rows(source, hookpoint, min(n_rows, THRESHOLD_ROWS), seed=config.seed)
-    calibrate_(sae, threshold_rows, sample_batches(source, hookpoint, n_rows, seed=config.seed))
+    where: dict[str, Any] = {
+        "seed": config.seed,
+        "near_row": state.counters.step * config.batch_size - 1,
+    }
+    threshold_rows = sample_rows(source, hookpoint, min(n_rows, THRESHOLD_ROWS), **where)
+    calibrate_(sae, threshold_rows, sample_batches(source, hookpoint, n_rows, **where))
     sae.save(folder.path)
     return sae.to("cpu")
 
