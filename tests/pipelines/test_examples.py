@@ -44,8 +44,8 @@ def test_benchmarks_print_one_json_object_a_line(
 ) -> None:
     arguments: dict[str, tuple[object, ...]] = {
         "harvest": (
-            *("--model", small_run.model, "--dataset", small_run.text, "--dtype", "float32"),
-            *("--layer", 1, "--tokens", 512, "--ctx-len", 32),
+            *("--model", small_run.model, "--dataset", small_run.text, "--dtypes", "float32"),
+            *("--layer", 1, "--tokens", 512, "--ctx-len", 32, "--hookpoints", 2),
         ),
         "train": ("--d-model", 32, "--d-sae", 64, "--k", 4, "--batch", 128),
         "index": ("--acts", small_run.acts, "--sae", small_run.sae),
