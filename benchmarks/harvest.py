@@ -11,6 +11,7 @@ import argparse
 import itertools
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +44,20 @@ def bare_forward(lm: LanguageModel, layer: int, batches: list[torch.Tensor]) -> 
     handle.remove()
 
 
-def linear_layers(lm: LanguageModel, layer: int, n_rows: int, n_batches: int) -> None:
-    """Every weight matrix of layers 0 to `layer`, on `n_rows` rows, `n_batches` times."""
-    layers = lm.site("layers.0.resid_pre").module, lm.model.get_decoder().layers
-    matrices = [
-        m for one in layers[1][: layer + 1] for m in one.modules() if isinstance(m, nn.Linear)
-    ]
-    inputs = {m.in_features: torch.randn(n_rows, m.in_features, dtype=lm.dtype) for m in matrices}
-    with torch.no_grad():
+def linear_layers(lm: LanguageModel, layer: int, n_rows: int) -> Callable[[int], None]:
+    """Every weight matrix of layers 0 to `layer` on `n_rows` rows, so many times as is asked."""
+    layers = lm.model.get_decoder().layers[: layer + 1]
+    matrices = [m for one in layers for m in one.modules() if isinstance(m, nn.Linear)]
+    widths = {m.in_features for m in matrices}
+    inputs = {width: torch.randn(n_rows, width, dtype=lm.dtype) for width in widths}
+
+    @torch.no_grad()
+    def run(n_batches: int) -> None:
         for _ in range(n_batches):
             for m in matrices:
                 m(inputs[m.in_features])
+
+    return run
 
 
 def measure(args: argparse.Namespace, lm: LanguageModel) -> list[dict[str, Any]]:
@@ -78,6 +82,7 @@ def measure(args: argparse.Namespace, lm: LanguageModel) -> list[dict[str, Any]]
             )
 
     one, several = hookpoints_up_to(args.layer, 1), hookpoints_up_to(args.layer, args.hookpoints)
+    run_linear = linear_layers(lm, args.layer, batch_rows)
     candidates = {"harvest to disk": lambda: run_harvest(one)}
     if len(several) > 1:
         candidates[f"harvest, {len(several)} hookpoints"] = lambda: run_harvest(several)
@@ -85,7 +90,7 @@ def measure(args: argparse.Namespace, lm: LanguageModel) -> list[dict[str, Any]]
         candidates
         | {
             "bare model, cut": lambda: bare_forward(lm, args.layer, list(ids)),
-            "linear layers alone": lambda: linear_layers(lm, args.layer, batch_rows, n_batches),
+            "linear layers alone": lambda: run_linear(n_batches),
         },
         args.repeat,
         n_warmup=1,

@@ -5,7 +5,8 @@
     python benchmarks/peak_memory.py FOLDER in_order
 
 Prints one JSON object. The peak is the kernel's (VmHWM): what is mapped from files and touched
-counts. `benchmarks/storage.py --memory-gb` runs all three, each in a process of its own.
+counts, and so do our own imports (given apart too). `benchmarks/storage.py --memory-gb` runs all
+three, each in a process of its own.
 """
 
 import argparse
@@ -27,6 +28,8 @@ START_BYTES = peak_bytes()
 from made_cache import HOOKPOINT, random_passes, write_cache  # noqa: E402
 
 from activation_cache import ActivationCache  # noqa: E402
+
+IMPORTED_BYTES = peak_bytes()
 
 
 def write(args: argparse.Namespace) -> int:
@@ -68,6 +71,7 @@ def main() -> None:
         "rows": n_rows,
         "seconds": time.perf_counter() - started,
         "import_torch_gb": START_BYTES / 1e9,
+        "our_imports_gb": (IMPORTED_BYTES - START_BYTES) / 1e9,
         "beyond_it_gb": (peak_bytes() - START_BYTES) / 1e9,
     }
     print(json.dumps(result))
