@@ -10,8 +10,9 @@ against gathering rows from a tensor. `peer`: the same rows through SAELens' sto
 environment first: benchmarks/peers/make_env.sh sae-lens). With --memory-gb instead: the peak
 memory of a process that writes so large a cache, and of two that read it.
 
-Everything is measured in turn, several rounds; a ratio is the median of the rounds' ratios. What is
-written goes to a temporary folder in --folder and is removed.
+Everything is measured in turn, several rounds, each of which begins with another; a ratio is the
+median of the rounds' ratios. Take --repeat 6, and a machine that does nothing else. What is written
+goes to a temporary folder in --folder and is removed.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -263,10 +265,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     require_space(args)
     parts = [memory] if args.memory_gb else [PARTS[name] for name in args.only]
-    for part in parts:
-        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            if rows := part(args, Path(folder)):
-                show("storage", rows, args.json)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder goes
+    try:
+        for part in parts:
+            with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+                if rows := part(args, Path(folder)):
+                    show("storage", rows, args.json)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def best_way_to_forget() -> str:
