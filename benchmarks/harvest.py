@@ -1,20 +1,27 @@
 """Tokens/s of harvest, against the bare model cut after the hookpoint, in one run.
 
-    python benchmarks/harvest.py [--model demo] [--dtype bfloat16] [--json]
+    python benchmarks/harvest.py [--model demo] [--dtypes float32 bfloat16] [--hookpoints 4]
 
 `linear layers alone` runs every weight matrix up to the hookpoint on a batch of the same size: what
-remains to any harvest is attention, norms and overhead.
+remains to any harvest is attention, norms and overhead. Ratios are medians of the rounds' ratios;
+lowest and highest are those over the linear layers.
 """
 
+import argparse
 import itertools
+import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from machine import arguments, in_turn, show
+from machine import Paired, arguments, in_rounds, show
 from torch import nn
 
 from activation_cache import LanguageModel, harvest, open_corpus
+
+BATCH_BLOCKS = 8
 
 
 class _Stop(Exception):
@@ -37,68 +44,93 @@ def bare_forward(lm: LanguageModel, layer: int, batches: list[torch.Tensor]) -> 
     handle.remove()
 
 
-def linear_layers(lm: LanguageModel, layer: int, n_rows: int, n_batches: int) -> None:
-    """Every weight matrix of layers 0 to `layer`, on `n_rows` rows, `n_batches` times."""
-    layers = lm.site("layers.0.resid_pre").module, lm.model.get_decoder().layers
-    matrices = [
-        m for one in layers[1][: layer + 1] for m in one.modules() if isinstance(m, nn.Linear)
-    ]
-    inputs = {m.in_features: torch.randn(n_rows, m.in_features, dtype=lm.dtype) for m in matrices}
-    with torch.no_grad():
+def linear_layers(lm: LanguageModel, layer: int, n_rows: int) -> Callable[[int], None]:
+    """Every weight matrix of layers 0 to `layer` on `n_rows` rows, so many times as is asked."""
+    layers = lm.model.get_decoder().layers[: layer + 1]
+    matrices = [m for one in layers for m in one.modules() if isinstance(m, nn.Linear)]
+    widths = {m.in_features for m in matrices}
+    inputs = {width: torch.randn(n_rows, width, dtype=lm.dtype) for width in widths}
+
+    @torch.no_grad()
+    def run(n_batches: int) -> None:
         for _ in range(n_batches):
             for m in matrices:
                 m(inputs[m.in_features])
+
+    return run
+
+
+def measure(args: argparse.Namespace, lm: LanguageModel) -> list[dict[str, Any]]:
+    """Tokens/s of one model: harvest at one and at several hookpoints, and its limits."""
+    batch_rows = args.ctx_len * BATCH_BLOCKS
+    n_batches = args.tokens // batch_rows
+    texts = [d.text for d in itertools.islice(open_corpus(args.dataset).documents(), 200)]
+    ids = torch.randint(10, lm.tokenizer.vocab_size, (n_batches, BATCH_BLOCKS, args.ctx_len))
+
+    def run_harvest(hookpoints: list[str]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            harvest(
+                lm,
+                texts,
+                hookpoints=hookpoints,
+                out=Path(folder) / "acts",
+                n_tokens=args.tokens,
+                max_doc_tokens=1_000,
+                ctx_len=args.ctx_len,
+                batch_blocks=BATCH_BLOCKS,
+                storage_dtype=args.storage_dtype or str(lm.dtype).removeprefix("torch."),
+            )
+
+    one, several = hookpoints_up_to(args.layer, 1), hookpoints_up_to(args.layer, args.hookpoints)
+    run_linear = linear_layers(lm, args.layer, batch_rows)
+    candidates = {"harvest to disk": lambda: run_harvest(one)}
+    if len(several) > 1:
+        candidates[f"harvest, {len(several)} hookpoints"] = lambda: run_harvest(several)
+    seconds = in_rounds(
+        candidates
+        | {
+            "bare model, cut": lambda: bare_forward(lm, args.layer, list(ids)),
+            "linear layers alone": lambda: run_linear(n_batches),
+        },
+        args.repeat,
+        n_warmup=1,
+    )
+    bare, linear = seconds["bare model, cut"], seconds["linear layers alone"]
+    return [
+        {
+            "what": name,
+            "dtype": str(lm.dtype).removeprefix("torch."),
+            "tokens_per_s": n_batches * batch_rows / statistics.median(times),
+            "over_bare": Paired.over(times, bare).median,
+            "over_linear": Paired.over(times, linear).median,
+            "lowest": Paired.over(times, linear).lowest,
+            "highest": Paired.over(times, linear).highest,
+        }
+        for name, times in seconds.items()
+    ]
+
+
+def hookpoints_up_to(layer: int, n: int) -> list[str]:
+    """`n` layers evenly, `layer` the last of them."""
+    layers = sorted({round((layer + 1) * (i + 1) / n) - 1 for i in range(n)})
+    return [f"layers.{max(number, 0)}.resid_post" for number in layers]
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dataset", default="demo")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--storage-dtype", help="left out: the model's")
     parser.add_argument("--layer", type=int, default=15)
+    parser.add_argument("--hookpoints", type=int, default=4, help="so many in one pass, beside one")
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--ctx-len", type=int, default=256)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    lm = LanguageModel.load(args.model, dtype=args.dtype)
-    hookpoint, ctx_len, batch_blocks = f"layers.{args.layer}.resid_post", args.ctx_len, 8
-    n_batches = args.tokens // (ctx_len * batch_blocks)
-    texts = [d.text for d in itertools.islice(open_corpus(args.dataset).documents(), 200)]
-    ids = torch.randint(10, lm.tokenizer.vocab_size, (n_batches, batch_blocks, ctx_len))
-
-    def run_harvest() -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            harvest(
-                lm,
-                texts,
-                hookpoints=[hookpoint],
-                out=Path(folder) / "acts",
-                n_tokens=args.tokens,
-                max_doc_tokens=1_000,
-                ctx_len=ctx_len,
-                batch_blocks=batch_blocks,
-            )
-
-    seconds = in_turn(
-        {
-            "harvest to disk": run_harvest,
-            "bare model, cut": lambda: bare_forward(lm, args.layer, list(ids)),
-            "linear layers alone": lambda: linear_layers(
-                lm, args.layer, ctx_len * batch_blocks, n_batches
-            ),
-        },
-        args.repeat,
-    )
-    fastest = {name: args.tokens / s for name, s in seconds.items()}
-    rows = [
-        {
-            "what": name,
-            "dtype": args.dtype,
-            "tokens_per_s": speed,
-            "harvest_over_this": fastest["harvest to disk"] / speed,
-        }
-        for name, speed in fastest.items()
-    ]
+    rows = []
+    for dtype in args.dtypes:
+        rows += measure(args, LanguageModel.load(args.model, device="cpu", dtype=dtype))
     show("harvest", rows, args.json)
 
 

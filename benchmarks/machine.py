@@ -7,15 +7,18 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
+
+_PAGE_WIDTH = 170  # of a table that goes to a file
 
 
 def machine() -> dict[str, Any]:
@@ -43,14 +46,46 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 def in_turn(candidates: dict[str, Callable[[], Any]], repeat: int) -> dict[str, float]:
     """Median seconds of each candidate; they run one after the other, `repeat` rounds, after one
     round to warm up, so that a machine that slows down slows all of them."""
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for round_number in range(repeat + 1):
-        for name, run in candidates.items():
+    rounds = in_rounds(candidates, repeat, n_warmup=1)
+    return {name: statistics.median(values) for name, values in rounds.items()}
+
+
+def in_rounds(
+    candidates: dict[str, Callable[[], Any]],
+    repeat: int,
+    *,
+    n_warmup: int = 0,
+    before: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds of each candidate in each round; they run one after the other, `repeat` rounds, and
+    each round begins with the next one: what a disk does depends on what came before.
+
+    n_warmup: rounds ahead of those that are counted. before: run ahead of each call, not timed.
+    """
+    names = list(candidates)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for round_number in range(repeat + n_warmup):
+        for name in names[round_number % len(names) :] + names[: round_number % len(names)]:
+            before()
             started = time.perf_counter()
-            run()
-            if round_number:
+            candidates[name]()
+            if round_number >= n_warmup:
                 seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
+
+
+class Paired(NamedTuple):
+    """Ratios of two speeds, round by round: their median, the lowest and the highest."""
+
+    median: float
+    lowest: float
+    highest: float
+
+    @classmethod
+    def over(cls, ours: list[float], theirs: list[float]) -> "Paired":
+        """Our speed over theirs, from the seconds that each took for the same work."""
+        ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+        return cls(statistics.median(ratios), min(ratios), max(ratios))
 
 
 def show(title: str, rows: list[dict[str, Any]], as_json: bool) -> None:
@@ -61,17 +96,19 @@ def show(title: str, rows: list[dict[str, Any]], as_json: bool) -> None:
         return
     table = Table(title=title, title_justify="left")
     for column in rows[0]:
-        table.add_column(column, justify="left" if column == "what" else "right")
+        table.add_column(column, justify="left" if column in ("part", "what") else "right")
     for row in rows:
         table.add_row(*(_shown(value) for value in row.values()))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _PAGE_WIDTH)
     console.print(table)
     console.print(", ".join(f"{k} {v}" for k, v in machine().items()), style="dim")
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return ""
     if isinstance(value, float):
-        return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
     return str(value)
 
 

@@ -1,12 +1,15 @@
 """Every example and every benchmark runs."""
 
+import importlib
 import json
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from activation_cache import ActivationCache
 from tests.pipelines.conftest import SmallRun
 
 ROOT = Path(__file__).parent.parent.parent
@@ -35,20 +38,25 @@ def test_steer_by_word(
     assert "feature " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", ["harvest", "train", "index"])
+@pytest.mark.parametrize("script", ["harvest", "train", "index", "storage"])
 def test_benchmarks_print_one_json_object_a_line(
     script: str,
     small_run: SmallRun,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments: dict[str, tuple[object, ...]] = {
         "harvest": (
-            *("--model", small_run.model, "--dataset", small_run.text, "--dtype", "float32"),
-            *("--layer", 1, "--tokens", 512, "--ctx-len", 32),
+            *("--model", small_run.model, "--dataset", small_run.text, "--dtypes", "float32"),
+            *("--layer", 1, "--tokens", 512, "--ctx-len", 32, "--hookpoints", 2),
         ),
         "train": ("--d-model", 32, "--d-sae", 64, "--k", 4, "--batch", 128),
         "index": ("--acts", small_run.acts, "--sae", small_run.sae),
+        "storage": (
+            *("--folder", tmp_path, "--gb", 0.001, "--d-model", 32, "--passes", 2),
+            *("--cold", "fadvise", "--only", "write", "in_order", "shuffled"),
+        ),
     }
     call(
         f"benchmarks/{script}.py",
@@ -60,6 +68,31 @@ def test_benchmarks_print_one_json_object_a_line(
     for line in lines:
         assert line["benchmark"] == script
         assert line["machine"]["cores"] >= 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_peak_memory_is_told_of_writing_and_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for task in ("write", "shuffled", "in_order"):
+        options = ("--rows", 4_096, "--d-model", 32, "--seconds", 0)
+        call(
+            "benchmarks/peak_memory.py", tmp_path / "acts", task, *options, monkeypatch=monkeypatch
+        )
+        told = json.loads(capsys.readouterr().out)
+        assert told["rows"] >= 4_096
+        assert told["beyond_it_gb"] >= 0
+
+
+def test_made_cache_verifies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    made = importlib.import_module("made_cache")
+    made.write_cache(tmp_path, made.random_passes(2, 32), 3 * made.PASS_ROWS, shard_bytes=1 << 18)
+    cache = ActivationCache.open(tmp_path)
+    assert cache.verify() == cache.n_bytes
+    rows = torch.cat([chunk.acts for chunk in cache.chunks(made.HOOKPOINT)])
+    assert torch.equal(rows[: made.PASS_ROWS], rows[2 * made.PASS_ROWS :])
+    assert cache.n_rows(made.HOOKPOINT, split="all") == 3 * made.PASS_ROWS
 
 
 def test_every_example_and_benchmark_is_called_here() -> None:
@@ -67,4 +100,4 @@ def test_every_example_and_benchmark_is_called_here() -> None:
     for script in (ROOT / "examples").glob("*.py"):
         assert script.name in text
     for script in (ROOT / "benchmarks").glob("*.py"):
-        assert script.stem in text or script.stem == "machine"
+        assert script.stem in text
