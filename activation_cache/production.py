@@ -64,7 +64,7 @@ class Producer:
         blocks = itertools.islice(blocks, -(-n_rows // f.ctx_len))
         while batch := list(itertools.islice(blocks, f.batch_blocks)):
             acts = activations_of(self.lm, batch, list(f.hookpoints))
-            yield Pass(batch, OnTheWay.to_cpu(encoder.encode(acts)), encoder)
+            yield Pass.encoded(batch, acts, encoder)
 
     def write_shards(
         self,
@@ -81,7 +81,7 @@ class Producer:
         start: where the first shard's text begins. on_pass: gets the rows of each forward pass.
         on_commit: gets each record, in the writer's thread.
         """
-        with _ShardSequence(store, self.fingerprint, on_commit) as shards:
+        with ShardSequence(store, self.fingerprint, on_commit) as shards:
             for plan in plans:
                 first = next(blocks, None)
                 if first is None:
@@ -128,7 +128,7 @@ class Producer:
         return pack(shifted, self.lm.tokenizer, packing, start)
 
 
-class _ShardSequence:
+class ShardSequence:
     """The writer's side: shards written one after another on a thread. A context: left by an error,
     the shard that was being written leaves nothing behind."""
 
@@ -139,7 +139,7 @@ class _ShardSequence:
         self._thread = Background()
         self._writer: ShardWriter | None = None  # of the thread alone
 
-    def __enter__(self) -> "_ShardSequence":
+    def __enter__(self) -> "ShardSequence":
         return self
 
     def __exit__(
@@ -217,6 +217,13 @@ class Pass(NamedTuple):
     blocks: list[PackedBlock]
     rows: OnTheWay
     encoder: Encoder
+
+    @classmethod
+    def encoded(
+        cls, blocks: list[PackedBlock], acts: Mapping[str, Tensor], encoder: Encoder
+    ) -> "Pass":
+        """acts: hookpoint -> [rows of all blocks, width]."""
+        return cls(blocks, OnTheWay.to_cpu(encoder.encode(acts)), encoder)
 
 
 def activations_of(

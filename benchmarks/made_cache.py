@@ -11,9 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from activation_cache.manifest import SHARDS, Fingerprint, Manifest
+from activation_cache.formats import STORAGE_DTYPES
+from activation_cache.harvest import shard_rows
+from activation_cache.manifest import Fingerprint, Manifest, ShardRecord
 from activation_cache.packing import PackedBlock, Position
-from activation_cache.shards import STORAGE_DTYPES, writing_shard
+from activation_cache.production import Pass, ShardPlan, ShardSequence
+from activation_cache.quantization import calibrate
+from activation_cache.shards import Encoder
+from activation_cache.store import LocalStore
 
 HOOKPOINT = "layers.0.resid_post"
 CTX_LEN, BATCH_BLOCKS = 256, 8
@@ -48,30 +53,30 @@ def write_cache(
 
     A document is as long as a block. Everything that `harvest` writes is written, as durably.
     """
-    d_model = passes[0].shape[1]
-    fingerprint = _fingerprint(d_model, storage_dtype)
-    row_bytes = d_model * STORAGE_DTYPES[storage_dtype].itemsize
-    shard_rows = max(shard_bytes // row_bytes // PASS_ROWS, 1) * PASS_ROWS
-    manifest = Manifest(
+    fingerprint = _fingerprint(passes[0].shape[1], storage_dtype)
+    n_in_shard = shard_rows(fingerprint, shard_bytes)
+    store, records = LocalStore(folder), list[ShardRecord]()
+    calibrations = {HOOKPOINT: calibrate(passes[0])} if storage_dtype == "int8" else {}
+    with store.begin(), ShardSequence(store, fingerprint, records.append) as shards:
+        for shard, first in enumerate(range(0, n_rows, n_in_shard)):
+            rows = range(first, min(first + n_in_shard, n_rows), PASS_ROWS)
+            encoder = Encoder(fingerprint, calibrations)
+            for row in rows:
+                number = row // PASS_ROWS
+                acts = {HOOKPOINT: passes[number % len(passes)]}
+                plan = ShardPlan(shard, len(rows) * PASS_ROWS)
+                shards.append(plan, Pass.encoded(_blocks(number), acts, encoder))
+            shards.commit(Position(first // CTX_LEN))
+    Manifest(
         saebase_version=importlib.metadata.version("saebase"),
         created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         fingerprint=fingerprint,
-        shard_rows=shard_rows,
+        shard_rows=n_in_shard,
         n_tokens_wanted=n_rows,
-        n_shards=-(-n_rows // shard_rows),
+        n_shards=len(records),
         is_complete=True,
         is_exhausted=False,
-    )
-    (folder / SHARDS).mkdir(parents=True)
-    for shard, first in enumerate(range(0, n_rows, shard_rows)):
-        rows = range(first, min(first + shard_rows, n_rows), PASS_ROWS)
-        with writing_shard(folder, shard, fingerprint, len(rows) * PASS_ROWS) as writer:
-            for row in rows:
-                number = row // PASS_ROWS
-                writer.append(_blocks(number), {HOOKPOINT: passes[number % len(passes)]})
-            record = writer.finish(Position(first // CTX_LEN))
-        record.write(folder)
-    manifest.write(folder)
+    ).write(store)
 
 
 def _blocks(pass_number: int) -> list[PackedBlock]:

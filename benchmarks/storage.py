@@ -40,7 +40,7 @@ HERE = Path(__file__).resolve().parent
 PEER_PYTHON = HERE.parent / ".venv-peers" / "sae-lens" / "bin" / "python"
 BATCH = 4_096
 _BUFFER_BYTES = 8 << 20
-_WINDOW_BYTES = 512_000_000  # the default of ActivationCache.open
+_WINDOW_BYTES = 256_000_000  # the default of ActivationCache.open
 _PEER_BUFFER_ROWS = 5_120  # 20 prompts of 256 tokens: SAELens' default, n_batches_in_buffer
 _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
