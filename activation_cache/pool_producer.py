@@ -44,10 +44,15 @@ class PoolProducer:
 
     # -- for the reader --------------------------------------------------------------------------
 
-    def shards_of(self, pool: int) -> ShardReader:
-        """The shards of a pool, when it is finished. Raises: what ended the thread."""
+    def shards_of(self, pool: int, is_over: threading.Event | None = None) -> ShardReader:
+        """The shards of a pool, when it is finished. Raises: what ended the thread.
+
+        is_over: set when nobody waits any more (see `wake`).
+        """
         while True:
             with self._changed:
+                if is_over is not None and is_over.is_set():
+                    raise _Stopped
                 if self._is_finished(pool):
                     return self._reader(pool)
                 if self._error is not None:
@@ -55,8 +60,13 @@ class PoolProducer:
                     raise error
             self._work_towards(pool)
             with self._changed:
-                if not self._is_finished(pool):
+                if not self._is_finished(pool) and not (is_over and is_over.is_set()):
                     self._changed.wait(0.5)
+
+    def wake(self) -> None:
+        """Have whoever waits look again."""
+        with self._changed:
+            self._changed.notify_all()
 
     def release(self, pool: int) -> None:
         """Remove the pools before `pool`."""

@@ -10,6 +10,7 @@ of zero, pools live in memory. Killed at any moment, both go on to the same batc
 """
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,16 +21,17 @@ import torch
 from torch import Tensor
 
 from .documents import open_corpus
+from .durable import LOCK
 from .errors import CacheError, CacheMismatch
 from .fingerprinting import bytes_per_token, fingerprint_of
 from .harvest import shard_rows
 from .harvest_config import HarvestConfig
 from .language_model import LanguageModel
 from .loading import resolve_device
-from .manifest import Fingerprint, read_record, write_record
+from .manifest import SHARDS, Fingerprint, read_record, sweep, write_record
 from .memory_store import MemoryStore
 from .pool_producer import PoolProducer, selection_of, shard_bytes_of
-from .pools import STREAM, Journal, PoolRecord, StreamPlan, joint
+from .pools import POOLS, STREAM, Journal, PoolRecord, StreamPlan, joint
 from .production import Producer
 from .read_ahead import one_ahead_on_gpu
 from .row_selection import Split
@@ -225,16 +227,17 @@ class ActivationStream:
                 f"one must hold {MIN_BATCHES_PER_POOL} batches. Give more --max-disk"
             )
         to = resolve_device(str(device))
-        wanted = Wanted(self._key(hookpoints), "train", to, dtype)
+        wanted, is_over = Wanted(self._key(hookpoints), "train", to, dtype), threading.Event()
         batches = shuffled_batches(
-            self._epochs(wanted),
+            self._epochs(wanted, start_batch * batch_size, is_over),
             batch_size,
             seed=seed,
             start_batch=start_batch,
             rank=rank,
             world_size=world_size,
         )
-        return one_ahead_on_gpu(batches, to) if to.type == "cuda" else batches
+        batches = one_ahead_on_gpu(batches, to) if to.type == "cuda" else batches
+        return self._until_closed(batches, is_over)
 
     def sample(
         self, hookpoint: str, batch_size: int, *, seed: int = 0, near_row: int = 0
@@ -260,33 +263,52 @@ class ActivationStream:
     # -- inside ----------------------------------------------------------------------------------
 
     def _require_same_plan(self, store: Store) -> None:
-        if store.has(STREAM):
+        if store.has(STREAM) and store.names(POOLS):  # without a pool there is nothing to fit to
             read_record(StreamPlan, store, STREAM).require_equal(self._plan, store.root)
-        elif not set(store.names()) <= {".lock"}:
+            return
+        if not set(store.names()) <= {LOCK, SHARDS, STREAM, POOLS}:
             raise CacheError(f"{store.root} holds other files and no stream: choose another folder")
-        else:
-            write_record(store, STREAM, self._plan)
+        sweep(store, {})
+        write_record(store, STREAM, self._plan)
 
     def _first_pool(self) -> PoolRecord:
         if not len(self._journal):
             self._pools.shards_of(0)
         return self._journal.records[0]
 
-    def _epochs(self, wanted: Wanted) -> Iterator[Epoch]:
-        return (self._epoch(pool, wanted) for pool in itertools.count())
+    def _until_closed(
+        self, batches: Iterator[dict[str, Tensor]], is_over: threading.Event
+    ) -> Iterator[dict[str, Tensor]]:
+        """The batches; a reader that ends does not wait for a pool that nobody will use."""
+        try:
+            for batch in batches:  # noqa: UP028 - `yield from` would close what is inside first
+                yield batch
+        finally:
+            is_over.set()
+            self._pools.wake()
 
-    def _epoch(self, pool: int, wanted: Wanted) -> Epoch:
+    def _epochs(self, wanted: Wanted, start_row: int, is_over: threading.Event) -> Iterator[Epoch]:
+        """The pools. What lies before `start_row` is not needed: a checkpoint stands there."""
+        n_rows = 0
+        for pool in itertools.count():
+            epoch = self._epoch(pool, wanted, is_over)
+            n_rows += epoch.n_rows
+            if n_rows <= start_row:
+                self._pools.release(pool + 1)
+            yield epoch
+
+    def _epoch(self, pool: int, wanted: Wanted, is_over: threading.Event | None = None) -> Epoch:
         if pool >= len(self._journal):
-            self._pools.shards_of(pool)
+            self._pools.shards_of(pool, is_over)
         n_rows = self._journal.records[pool].n_kept[joint(wanted.hookpoints)]
-        return Epoch(pool, n_rows, lambda: self._blocks(pool, wanted))
+        return Epoch(pool, n_rows, lambda: self._blocks(pool, wanted, is_over))
 
-    def _blocks(self, pool: int, wanted: Wanted) -> Blocks:
+    def _blocks(self, pool: int, wanted: Wanted, is_over: threading.Event | None) -> Blocks:
         """A pool's rows; the two that were opened last stay open."""
         key = (pool, wanted)
         if key not in self._loaders:
             first = self._first_pool()
-            shards = self._pools.shards_of(pool)
+            shards = self._pools.shards_of(pool, is_over)
             selection = selection_of(shards, self._plan, first.max_norms, first.first_documents)
             loader = WindowLoader(shards, selection, wanted, self._plan.window_bytes)
             while len(self._loaders) >= 2:

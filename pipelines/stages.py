@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from activation_cache import (
     ActivationCache,
+    ActivationStream,
     HarvestConfig,
     HarvestProgress,
     LanguageModel,
@@ -102,8 +104,10 @@ def harvest_stage(
     hookpoints: Sequence[str],
     out: Path,
     config: HarvestConfig,
+    **how: Any,
 ) -> ActivationCache:
-    """Text -> activations on disk, with progress."""
+    """Text -> activations on disk, with progress. how: `extend`, `repair`, `rank`, `world_size` of
+    `activation_cache.harvest`."""
     _heading(console, "harvest", f"{', '.join(hookpoints)} over {dataset} -> {out}")
     with StageProgress(console, "harvest", "tokens") as progress:
 
@@ -111,22 +115,49 @@ def harvest_stage(
             progress.update(p.n_tokens, p.n_tokens_wanted, f"{p.tokens_per_s:,.0f} tokens/s")
 
         acts = harvest(
-            load_lm(), dataset, hookpoints=hookpoints, out=out, config=config, on_progress=show
+            load_lm,
+            dataset,
+            hookpoints=hookpoints,
+            out=out,
+            config=config,
+            on_progress=show,
+            **how,
         )
     _made(console, cache_lines(acts))
     return acts
 
 
+def opened_stream(
+    load_lm: LoadModel,
+    dataset: str,
+    hookpoint: str,
+    folder: Path,
+    max_disk_bytes: int,
+    buffer_bytes: int,
+    config: HarvestConfig,
+) -> ActivationStream:
+    """Activations that are made as training consumes them."""
+    return ActivationStream.open(
+        load_lm,
+        dataset,
+        hookpoints=hookpoint,
+        folder=folder,
+        max_disk_bytes=max_disk_bytes,
+        buffer_bytes=buffer_bytes,
+        config=config,
+    )
+
+
 def train_stage(
     console: Console,
-    acts: ActivationCache,
+    acts: ActivationCache | ActivationStream,
     hookpoint: str,
     sae_config: SAEConfig,
     train_config: TrainConfig,
     out: Path,
     trackers: Sequence[Tracker] = (),
 ) -> SAE:
-    """Activations -> SAE, with progress."""
+    """Activations, stored or streamed -> SAE, with progress."""
     _heading(console, "train", f"{hookpoint} of {acts.path} -> {out}")
     n_steps = resolve(train_config, sae_config, acts, hookpoint).n_steps or 0
     n_tokens = n_steps * train_config.batch_size
@@ -212,6 +243,7 @@ def index_stage(
 def cache_lines(acts: ActivationCache) -> list[str]:
     """What a cache holds, in sentences; one for each hookpoint."""
     ended = " (the text ended before the wanted number)" if acts.is_exhausted else ""
+    added = acts.quantization_fvu
     lines = [
         f"{acts.n_tokens:,} tokens of {acts.n_documents:,} documents{ended}, "
         f"{acts.n_bytes / 1e6:,.0f} MB in {acts.path}"
@@ -223,6 +255,8 @@ def cache_lines(acts: ActivationCache) -> list[str]:
             f"document, {acts.n_massive(hookpoint, split='all'):,} of massive norm (above "
             f"{acts.max_norm(hookpoint):,.0f}) left out"
         )
+        if (fvu := added.get(hookpoint)) is not None:
+            lines.append(f"{hookpoint}: storing in int8 added an FVU of {fvu:.2g}")
         if held_out == 0:
             lines.append("nothing is held out: evaluation needs a text of at least two documents")
     return lines

@@ -1,10 +1,23 @@
 """Arguments that several verbs share, each described once."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from ..errors import PipelineError
+
+
+def _bytes_of(_: Any, tokens: Sequence[Token]) -> int:
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(tokens[0].value))
+    except ValidationError as error:
+        raise PipelineError(f"{tokens[0].value}: expected a size such as 20GB or 500MB") from error
+
+
+Bytes = Annotated[int, Parameter(converter=_bytes_of)]
 Model = Annotated[str, Parameter(help="Hub id, local folder, .gguf file, or demo.")]
 Device = Annotated[str, Parameter(help="auto, cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[str, Parameter(help="Of the model: auto, float32, bfloat16 or float16.")]

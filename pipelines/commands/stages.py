@@ -13,10 +13,16 @@ from sae.architectures import config_of
 
 from .. import stages
 from ..cli import app, console
+from ..errors import PipelineError
+from ..ranks import place_among_ranks
 from ..trackers import trackers_of
-from .arguments import DEFAULT_ACTS, DEFAULT_DATABASE, Acts, Device, Dtype, Model, Sae
+from .arguments import DEFAULT_ACTS, DEFAULT_DATABASE, Acts, Bytes, Device, Dtype, Model, Sae
 
 Fields = Parameter(name="*")
+Rank = Annotated[
+    int | None, Parameter(help="Of several processes, which this is; RANK or srun say so.")
+]
+WorldSize = Annotated[int | None, Parameter(help="How many processes; WORLD_SIZE or srun say so.")]
 Hookpoint = Annotated[str | None, Parameter(help="Where, if the cache holds several places.")]
 
 
@@ -32,13 +38,36 @@ def harvest(
         Parameter(consume_multiple=True, negative=(), help="Places, such as layers.6.resid_post."),
     ],
     out: Annotated[Path, Parameter(help="Folder to write to, or to go on in.")] = DEFAULT_ACTS,
+    extend: Annotated[
+        bool, Parameter(negative=(), help="Add this text to the cache, behind what is there.")
+    ] = False,
+    repair: Annotated[
+        bool, Parameter(negative=(), help="Read it all first; make damaged shards again.")
+    ] = False,
+    rank: Rank = None,
+    world_size: WorldSize = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     settings: Annotated[HarvestConfig, Fields] = HarvestConfig(),  # noqa: B008
 ) -> None:
-    """Store a model's activations over a text on disk."""
+    """Store a model's activations over a text on disk.
+
+    Called again it goes on where it was; with a larger --n-tokens it adds to a finished cache.
+    """
     load_lm = stages.model_loader(model, device, dtype, console)
-    cache = stages.harvest_stage(console, load_lm, dataset, hookpoints, out, settings)
+    ranks = place_among_ranks(rank, world_size)
+    cache = stages.harvest_stage(
+        console,
+        load_lm,
+        dataset,
+        hookpoints,
+        out,
+        settings,
+        extend=extend,
+        repair=repair,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
     place = f" --hookpoint {hookpoints[0]}" if len(hookpoints) > 1 else ""
     width = cache.d_model(hookpoints[0])
     sizes = f"--d-sae {8 * width} --k {min(32, width // 2)}"
@@ -51,6 +80,29 @@ def train(
     out: Annotated[Path, Parameter(help="Folder for the SAE, or to go on in.")],
     acts: Acts = DEFAULT_ACTS,
     hookpoint: Hookpoint = None,
+    model: Annotated[
+        str | None,
+        Parameter(help="Train straight from this model, without a cache; needs --dataset."),
+    ] = None,
+    dataset: Annotated[
+        str | None, Parameter(help="Text for --model, as for harvest; needs --hookpoint.")
+    ] = None,
+    max_disk: Annotated[
+        Bytes,
+        Parameter(help="Disk for --model, such as 20GB: it runs ahead so far. 0: memory alone."),
+    ] = 0,
+    buffer: Annotated[
+        Bytes, Parameter(help="Memory for --model's rows on their way, and to shuffle them.")
+    ] = 512_000_000,
+    harvest: Annotated[HarvestConfig, Parameter(help="How --model reads its text.")] = (
+        HarvestConfig()  # noqa: B008
+    ),
+    model_device: Annotated[
+        str, Parameter(help="Of --model: auto, cpu, cuda, cuda:N or mps.")
+    ] = "auto",
+    model_dtype: Annotated[
+        str, Parameter(help="Of --model: auto, float32, bfloat16 or float16.")
+    ] = "auto",
     architecture: Annotated[
         Literal["batch_topk", "topk"], Parameter(help="How features are selected.")
     ] = "batch_topk",
@@ -60,13 +112,32 @@ def train(
         str | None, Parameter(help="Also log to this Weights & Biases project.")
     ] = None,
 ) -> None:
-    """Train a sparse autoencoder on stored activations."""
-    cache, place = stages.open_cache(acts, hookpoint)
+    """Train a sparse autoencoder on stored activations, or straight from a model.
+
+    With --model there is no cache: the model runs ahead of training, inside --max-disk.
+    """
     config = config_of(architecture, sae.model_dump())
     described = {"architecture": architecture, **sae.model_dump(), **settings.model_dump()}
-    with trackers_of(wandb_project, out.name, described) as trackers:
-        stages.train_stage(console, cache, place, config, settings, out, trackers)
-    _next(f"saebase evaluate {quote(str(out))} --acts {quote(str(acts))}")
+    if model is None:
+        cache, place = stages.open_cache(acts, hookpoint)
+        with trackers_of(wandb_project, out.name, described) as trackers:
+            stages.train_stage(console, cache, place, config, settings, out, trackers)
+        _next(f"saebase evaluate {quote(str(out))} --acts {quote(str(acts))}")
+        return
+    if dataset is None or hookpoint is None:
+        missing = "--dataset" if dataset is None else "--hookpoint"
+        raise PipelineError(f"--model {model} needs {missing}: what it runs on, and where to look")
+    load_lm = stages.model_loader(model, model_device, model_dtype, console)
+    with (
+        stages.opened_stream(
+            load_lm, dataset, hookpoint, out / "stream", max_disk, buffer, harvest
+        ) as stream,
+        trackers_of(wandb_project, out.name, described) as trackers,
+    ):
+        stages.train_stage(console, stream, hookpoint, config, settings, out, trackers)
+        stream.clear()
+    text = f"--model {quote(model)} --dataset {quote(dataset)} --hookpoints {hookpoint}"
+    _next(f"saebase harvest {text} --n-tokens 500000, then saebase evaluate {quote(str(out))}")
 
 
 @app.command
