@@ -276,8 +276,10 @@ def writable_bytes(tensor: Tensor) -> NDArray[np.uint8]:
 
 def _as_tensor(rest: bytes, start: int, entry: dict[str, Any]) -> Tensor:
     first, last = (offset - start for offset in entry["data_offsets"])
-    flat = torch.frombuffer(bytearray(rest[first:last]), dtype=TORCH_DTYPES[entry["dtype"]])
-    return flat.reshape(entry["shape"]) if last > first else flat.new_empty(entry["shape"])
+    dtype = TORCH_DTYPES[entry["dtype"]]
+    if first == last:  # frombuffer takes no empty one
+        return torch.empty(entry["shape"], dtype=dtype)
+    return torch.frombuffer(bytearray(rest[first:last]), dtype=dtype).reshape(entry["shape"])
 
 
 def _entry(dtype: torch.dtype, shape: tuple[int, ...], start: int) -> dict[str, Any]:
