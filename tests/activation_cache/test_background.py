@@ -57,14 +57,16 @@ def test_error_is_raised_by_the_next_call_and_nothing_behind_it_is_begun() -> No
         go.wait(10)
         raise _FailedError
 
-    with pytest.raises(_FailedError), thread:
-        thread.do(done.append, 0)
-        thread.do(fail)
-        thread.do(done.append, 1)  # waits behind it
-        go.set()
-        _wait_until(lambda: thread._error is not None)
+    thread.do(done.append, 0)
+    thread.do(fail)
+    waiting = thread._waiting[-1]
+    thread.do(done.append, 1)  # waits behind it
+    go.set()
+    _wait_until(waiting.done)
+    with pytest.raises(_FailedError):  # the queue has room, but the error is known
         thread.do(done.append, 2)
-        pytest.fail("the queue has room, but the error is known")
+    with pytest.raises(_FailedError), thread:
+        raise _FailedError
     assert done == [0]
     assert not _writer_threads()
 
@@ -108,20 +110,22 @@ def test_error_of_the_caller_ends_the_thread(kind: type[BaseException]) -> None:
         go.wait(10)
         done.append(0)
 
-    with pytest.raises(kind), Background(depth=8) as thread:
-        thread.do(slow)
-        thread.do(done.append, 1)
-        begun.wait(10)
-        threading.Timer(0.05, go.set).start()
+    thread = Background(depth=8)
+    thread.do(slow)
+    thread.do(done.append, 1)
+    begun.wait(10)
+    threading.Timer(0.05, go.set).start()
+    with pytest.raises(kind), thread:
         raise kind
     assert done == [0]  # what was begun is finished, what waited is not begun
     assert not _writer_threads()
 
 
 def test_error_of_the_caller_is_not_hidden_by_one_of_the_thread() -> None:
-    with pytest.raises(KeyboardInterrupt), Background(depth=8) as thread:
-        thread.do(_fail)
-        _wait_until(lambda: thread._error is not None)
+    thread = Background(depth=8)
+    thread.do(_fail)
+    _wait_until(thread._waiting[-1].done)
+    with pytest.raises(KeyboardInterrupt), thread:
         raise KeyboardInterrupt
 
 
@@ -180,12 +184,12 @@ def test_model_that_raises_leaves_no_thread_no_file_and_no_half_shard(
             raise kind("out of memory")
         return real(self, inputs, hookpoints)
 
-    n_open = len(os.listdir("/proc/self/fd"))
+    n_open = len(list(Path("/proc/self/fd").iterdir()))
     with monkeypatch.context() as patch:
         patch.setattr(LanguageModel, "capture", capture)
         with pytest.raises(kind):
             harvest(tiny_lm, tiny_corpus, out=out, **SMALL)
-    assert len(os.listdir("/proc/self/fd")) == n_open
+    assert len(list(Path("/proc/self/fd").iterdir())) == n_open
     assert not list(out.rglob("*.partial"))
     assert not _writer_threads()
     harvest(tiny_lm, tiny_corpus, out=out, **SMALL)
