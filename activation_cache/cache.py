@@ -179,7 +179,8 @@ class ActivationCache:
         """
         for part in self.parts:
             for name in (MANIFEST, MANIFEST_COPY):
-                Manifest.read(part.store, name)
+                if name == MANIFEST or part.store.has(name):  # older caches have no copy
+                    Manifest.read(part.store, name)
         for shard in self._shards.shards:
             verify_shard(shard.store, shard.record, self.hookpoints)
         return self.n_bytes
