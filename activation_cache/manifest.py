@@ -56,8 +56,8 @@ class Fingerprint(_Record):
 
     @property
     def hash(self) -> str:
-        """A short name for the whole."""
-        return xxhash.xxh3_128(self.model_dump_json().encode()).hexdigest()
+        """A short name for the whole. Fields that came later don't change it at their defaults."""
+        return xxhash.xxh3_128(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()
 
     def require_equal(self, other: "Fingerprint", where: str) -> None:
         """Raises: CacheMismatch that names the first field in which `other` differs."""
