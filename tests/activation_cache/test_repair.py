@@ -1,5 +1,6 @@
 """`harvest(..., repair=True)`: what is damaged comes back with the same bytes, and nothing else."""
 
+import itertools
 import json
 import os
 import shutil
@@ -295,7 +296,7 @@ def test_shards_of_a_cache_that_grew_are_never_made_longer(
             a, b = (torch.cat([row[column] for row in each]) for each in (found, expected))
             torch.testing.assert_close(a, b)
         ends = [(r.start, r.end) for r in again.parts[0].records]
-        assert all(a[1] == b[0] for a, b in zip(ends, ends[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(ends))
 
 
 def test_text_that_is_shorter_now_is_told(tiny_lm: LanguageModel, tmp_path: Path) -> None:
@@ -381,7 +382,7 @@ def test_old_cache_without_new_fields_opens_verifies_and_goes_on(
     new = {"first_document", "quantization_fvu", "fingerprint", "calibrations", "quantization"}
     for file in [out / MANIFEST, *(out / "shards").glob("*.json")]:
         raw = json.loads(file.read_text())
-        kept = {k: v for k, v in raw.items() if k not in new or isinstance(v, dict) and v}
+        kept = {k: v for k, v in raw.items() if k not in new or (isinstance(v, dict) and v)}
         if "fingerprint" in kept:
             for field in ("min_doc_tokens", "only", "drop_duplicates", "rank", "world_size"):
                 del kept["fingerprint"][field]
