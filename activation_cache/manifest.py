@@ -74,10 +74,6 @@ class Fingerprint(_Record):
         same = {field: getattr(self, field) for field in TEXT_FIELDS}
         self.require_equal(other.model_copy(update=same), where)
 
-    def is_same_text(self, other: "Fingerprint") -> bool:
-        """Whether `other` reads the same documents."""
-        return all(getattr(self, f) == getattr(other, f) for f in TEXT_FIELDS)
-
 
 TEXT_FIELDS = (
     "data",

@@ -38,12 +38,6 @@ def part_name(number: int, rank: int, world_size: int) -> str:
     return f"{PARTS}/{number:04d}" if number else ""
 
 
-def part_numbers(store: Store) -> list[int]:
-    """Which texts there are: 0 is the first, others were added."""
-    numbers = {int(name[:4]) for name in store.names(PARTS) if name[:4].isdigit()}
-    return sorted(numbers | ({0} if store.has(MANIFEST) else set()))
-
-
 def part_stores(store: Store) -> list[Store]:
     """The folders of the parts that have a manifest. Raises: CacheCorrupt if there are shards
     without one: they must not be taken for rubbish, nor left out in silence."""
