@@ -180,10 +180,12 @@ def record_name(shard: int) -> str:
 
 def read_records(store: Store, manifest: Manifest) -> list[ShardRecord]:
     """The commit records in order. Raises: CacheCorrupt if one is missing or altered."""
-    names = record_names(store)
+    try:
+        read = list(store.read_all(record_names(store)))
+    except OSError as error:
+        raise CacheCorrupt(f"a record of {store.root} can't be read: {error}. {_MEND}") from error
     records = [
-        ShardRecord.parse(store, name, parsed_json(store.path(name), data))
-        for name, data in store.read_all(names)
+        ShardRecord.parse(store, name, parsed_json(store.path(name), data)) for name, data in read
     ]
     n_shards = max(manifest.n_shards, len(records))
     for expected in range(n_shards):
