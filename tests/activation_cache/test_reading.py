@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import threading
+import time
 import tracemalloc
 import weakref
 from collections import defaultdict
@@ -437,11 +438,13 @@ def test_parallel_reads_stop_at_the_first_error() -> None:
 
     def work(i: int) -> None:
         begun.append(i)
+        time.sleep(0.001)
         if i == 3:
             raise CacheCorrupt("torn")
 
     with pytest.raises(CacheCorrupt, match="torn"):
         in_parallel(work, [(i,) for i in range(1_000)], 2)
+    assert len(begun) < 500
     assert not _threads()
 
 
