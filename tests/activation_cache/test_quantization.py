@@ -185,11 +185,12 @@ def planted(
 def pair(
     planted: LanguageModel, tiny_corpus: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
-    """The same text in int8 and in float32."""
+    """The same text in int8 and in float32: shards of two blocks of 1,024 rows, and a last one."""
     root = tmp_path_factory.mktemp("pair")
     for dtype in ("int8", "float32"):
-        options = {**SMALL, "storage_dtype": dtype}
-        harvest(planted, tiny_corpus, hookpoints="embed", out=root / dtype, **options)
+        options = {**SMALL, "storage_dtype": dtype, "shard_bytes": 64_000}
+        cache = harvest(planted, 4 * tiny_corpus, hookpoints="embed", out=root / dtype, **options)
+        assert cache.n_shards > 2
     return root / "int8", root / "float32"
 
 
