@@ -179,17 +179,15 @@ class LocalStore(Store):
     def _leave_nothing_empty(self, made: list[Path]) -> None:
         """Take away folders that were made and hold nothing."""
         try:
-            for inside in self.folder.iterdir():
-                if inside.is_dir():
-                    inside.rmdir()
-        except OSError:  # it holds something
-            return
-        try:
-            if {path.name for path in self.folder.iterdir()} <= {LOCK}:
+            inside = list(self.folder.iterdir())
+            if all(path.is_dir() or path.name == LOCK for path in inside):
+                for path in inside:
+                    if path.is_dir():
+                        path.rmdir()
                 (self.folder / LOCK).unlink(missing_ok=True)
                 for folder in made:
                     folder.rmdir()
-        except OSError:  # another process has begun to use them
+        except OSError:  # they hold something
             return
 
     def free_bytes(self) -> int | None:
