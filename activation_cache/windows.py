@@ -152,7 +152,7 @@ class WindowLoader:
         calibrations = [self._shards.calibration(hookpoint, name) for name in names]
         which = None
         if len(names) > 1:
-            which = torch.zeros(len(raw), dtype=torch.uint8)
+            which = torch.zeros(len(raw), dtype=torch.int16)
             for (shard, block, begin), name in zip(places, hashes, strict=True):
                 n = self._shards.file(shard, hookpoint).n_rows_of(block)
                 which[begin : begin + n] = names.index(name)
