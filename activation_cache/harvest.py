@@ -201,6 +201,7 @@ class _Work:
             manifest = Manifest.read(self.store)
             if records := read_records(self.store, manifest):
                 self._require_same(manifest, records)
+                self.producer.fingerprint = manifest.fingerprint  # hookpoints in its order
                 return manifest, records
         return self._new_manifest(shard_bytes), []
 

@@ -57,6 +57,7 @@ def make_again(store: Store, producer: Producer) -> Repaired:
     """
     manifest, records = Manifest.read(store), _readable_records(store)
     manifest.fingerprint.require_equal(producer.fingerprint, store.root)
+    producer.fingerprint = manifest.fingerprint  # hookpoints in its order
     hookpoints = manifest.fingerprint.hookpoints
     n_shards = max((int(Path(name).stem) for name in record_names(store)), default=-1) + 1
     intact = {n: r for n, r in records.items() if _is_intact(store, r, hookpoints)}

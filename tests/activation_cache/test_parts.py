@@ -101,6 +101,33 @@ def test_more_tokens_behind_a_short_shard_are_the_same_tokens(
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_hookpoints_may_be_named_in_any_order(
+    tiny_lm: LanguageModel, tiny_corpus: list[str], tmp_path: Path
+) -> None:
+    """A harvest that goes on with them turned round writes the same bytes."""
+    places = [HOOKPOINT, "embed"]
+    for out, second in (("a", places), ("b", places[::-1])):
+        _harvest(tiny_lm, tiny_corpus, tmp_path / out, hookpoints=places, n_tokens=128)
+        _harvest(tiny_lm, tiny_corpus, tmp_path / out, hookpoints=second, n_tokens=300)
+    assert _shards(tmp_path / "a") == _shards(tmp_path / "b")
+    (tmp_path / "b" / "shards" / "000003.embed.safetensors").unlink()
+    _harvest(
+        tiny_lm, tiny_corpus, tmp_path / "b", hookpoints=second, n_tokens=300, repair=True
+    ).verify()
+    assert _shards(tmp_path / "a") == _shards(tmp_path / "b")
+
+
+def test_an_empty_folder_beside_the_shards_stays(
+    tiny_lm: LanguageModel, tiny_corpus: list[str], tmp_path: Path
+) -> None:
+    _harvest(tiny_lm, tiny_corpus, tmp_path, n_tokens=128)
+    mine = [tmp_path / name for name in ("aa", "notes", "zz")]
+    for folder in mine:
+        folder.mkdir()
+    _harvest(tiny_lm, tiny_corpus, tmp_path, n_tokens=300)
+    assert all(folder.is_dir() for folder in mine)
+
+
 # -- another text --------------------------------------------------------------------------------
 
 
