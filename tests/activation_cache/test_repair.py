@@ -239,7 +239,7 @@ def test_repaired_unfinished_cache_goes_on_to_the_end(
     assert {n: d for n, d in _files(out).items() if n.startswith("shards")} == shards
 
 
-@pytest.mark.parametrize("n_replaced", range(0, 14, 3))
+@pytest.mark.parametrize("n_replaced", range(0, 12, 3))
 def test_killed_repair_is_done_again(
     tiny_lm: LanguageModel,
     tiny_corpus: list[str],
@@ -263,12 +263,8 @@ def test_killed_repair_is_done_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", replace)
-        try:
+        with pytest.raises(_StopError):
             _repair(tiny_lm, tiny_corpus, acts)
-        except _StopError:
-            pass
-        else:
-            pytest.skip("it needed fewer files than that")
     _repair(tiny_lm, tiny_corpus, acts).verify()
     committed = {n: d for n, d in _files(acts).items() if n.startswith("shards")}
     assert committed == {n: d for n, d in _files(whole).items() if n.startswith("shards")}
