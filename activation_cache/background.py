@@ -39,7 +39,7 @@ class Background:
 
     def do(self, task: Callable[..., object], *arguments: Any) -> None:
         """Hand over a task. Raises: the error of an earlier one."""
-        while len(self._waiting) >= self._depth:
+        while self._waiting and (self._waiting[0].done() or len(self._waiting) >= self._depth):
             self._waiting.popleft().result()
         self._waiting.append(self._thread.submit(self._run, task, arguments))
 

@@ -179,7 +179,8 @@ class ActivationCache:
         """
         for part in self.parts:
             for name in (MANIFEST, MANIFEST_COPY):
-                Manifest.read(part.store, name)
+                if name == MANIFEST or part.store.has(name):  # older caches have no copy
+                    Manifest.read(part.store, name)
         for shard in self._shards.shards:
             verify_shard(shard.store, shard.record, self.hookpoints)
         return self.n_bytes
@@ -268,6 +269,10 @@ class ActivationCache:
                 f"batch_size={batch_size}, start_batch={start_batch}, seed={seed}, rank={rank} of "
                 f"{world_size}: expected batch_size from 1, the others from 0, rank < world_size"
             )
+        if not hookpoints:
+            raise CacheError(
+                f"no hookpoint given: cache {self.path} holds {', '.join(self.hookpoints)}"
+            )
         for hookpoint in hookpoints:
             self.d_model(hookpoint)
         to = resolve_device(str(device))
@@ -323,7 +328,8 @@ class ActivationCache:
         rows: left out, as many as take 64 MB in float32. The next chunk is read while one is used.
         Rows outside of `split` are marked as massive ones are: present, and not to be used.
         """
-        rows = rows or max(_CHUNK_BYTES // (4 * self.d_model(hookpoint)), 1)
+        row_bytes = 4 * self.d_model(hookpoint)
+        rows = rows or max(_CHUNK_BYTES // row_bytes, 1)
         return read_ahead(self._chunks(hookpoint, rows, split, resolve_device(str(device)), dtype))
 
     def _chunks(

@@ -11,7 +11,7 @@ from .errors import CacheError, CacheMismatch, ModelError
 from .formats import TOKEN_BYTES, row_bytes
 from .harvest_config import HarvestConfig
 from .language_model import LanguageModel
-from .manifest import Fingerprint
+from .manifest import TEXT_FIELDS, Fingerprint
 
 
 def fingerprint_of(
@@ -53,6 +53,15 @@ def fingerprint_of(
 def require_same_text(made: Fingerprint, corpus: Corpus, config: HarvestConfig, where: str) -> None:
     """What can be told before a model is loaded. Raises: CacheMismatch that names the field."""
     made.require_equal(made.model_copy(update=_known_without_model(corpus, config)), where)
+
+
+def require_same_settings(
+    made: Fingerprint, corpus: Corpus, config: HarvestConfig, where: str
+) -> None:
+    """Like `require_same_text`, of a part that may hold other documents."""
+    known = _known_without_model(corpus, config)
+    settings = {field: value for field, value in known.items() if field not in TEXT_FIELDS}
+    made.require_equal(made.model_copy(update=settings), where)
 
 
 def require_same_places(made: Fingerprint, hookpoints: Sequence[str], where: str) -> None:

@@ -23,6 +23,7 @@ from .fingerprinting import (
     bytes_per_token,
     fingerprint_of,
     require_same_places,
+    require_same_settings,
     require_same_text,
 )
 from .formats import row_bytes
@@ -98,6 +99,9 @@ def harvest(
         made = target.manifest.fingerprint
         require_same_text(made, corpus, config, target.store.root)
         require_same_places(made, hookpoints, target.store.root)
+    for where, other in target.siblings:
+        require_same_settings(other, corpus, config, where)
+        require_same_places(other, hookpoints, where)
     lm = lm if isinstance(lm, LanguageModel) else lm()
     fingerprint = fingerprint_of(lm, corpus, hookpoints, config, rank=rank, world_size=world_size)
     target.require_joinable(fingerprint)
@@ -200,6 +204,7 @@ class _Work:
             manifest = Manifest.read(self.store)
             if records := read_records(self.store, manifest):
                 self._require_same(manifest, records)
+                self.producer.fingerprint = manifest.fingerprint  # hookpoints in its order
                 return manifest, records
         return self._new_manifest(shard_bytes), []
 

@@ -5,6 +5,7 @@ In: a hub id, a folder, a `.gguf` file, "demo", or a model that is already in me
 only while they are needed: with nothing active, logits are bitwise those of the untouched model.
 """
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
@@ -66,6 +67,7 @@ class LanguageModel:
         self._hookpoints = HookpointResolver(self.model, self._run_probe)
         self._is_probing = False
         self._n_edits = 0
+        self._turn = threading.RLock()  # hooks are the model's: one thread at a time
         self._seq_shape = torch.Size()  # [batch, seq] of the pass that runs
 
     @classmethod
@@ -131,11 +133,13 @@ class LanguageModel:
 
     def hookpoints(self) -> list[str]:
         """Every standard hookpoint of this model, in the order the data flows."""
-        return self._hookpoints.names()
+        with self._turn:
+            return self._hookpoints.names()
 
     def site(self, hookpoint: str) -> Site:
         """The module and side that `hookpoint` names. Raises: HookpointError."""
-        return self._hookpoints.resolve(hookpoint)
+        with self._turn:
+            return self._hookpoints.resolve(hookpoint)
 
     def width(self, hookpoint: str) -> int:
         """Size of the last axis at `hookpoint`, measured on two tokens.
@@ -175,7 +179,7 @@ class LanguageModel:
             return hook
 
         hooks = [(site, keep(name)) for name, site in sites.items()]
-        with torch.no_grad(), self._hooked(hooks), suppress(_AllCaptured):
+        with self._turn, torch.no_grad(), self._hooked(hooks), suppress(_AllCaptured):
             self._forward(token_ids, mask)
         if missed := [name for name in sites if name not in acts]:
             raise HookpointError(
@@ -190,15 +194,16 @@ class LanguageModel:
         edits: hookpoint -> fn, with x and fn(x) of shape [batch, seq, width]. During generation
             with a KV cache seq is 1 after the prompt: fn sees every position once.
         The hooks are removed when the context closes, however it closes. Contexts nest; the inner
-        one sees what the outer one made.
+        one sees what the outer one made. Other threads wait with this model until it is closed.
         """
-        hooks = [(self.site(name), fn) for name, fn in edits.items()]
-        self._n_edits += len(hooks)
-        try:
-            with self._hooked(hooks):
-                yield
-        finally:
-            self._n_edits -= len(hooks)
+        with self._turn:
+            hooks = [(self.site(name), fn) for name, fn in edits.items()]
+            self._n_edits += len(hooks)
+            try:
+                with self._hooked(hooks):
+                    yield
+            finally:
+                self._n_edits -= len(hooks)
 
     @property
     def is_edited(self) -> bool:
@@ -209,7 +214,8 @@ class LanguageModel:
     def logits(self, inputs: str | Sequence[str] | Tensor) -> Tensor:
         """Logits of a plain forward pass, [batch, seq, vocab], in the model's dtype."""
         token_ids, mask = self.token_batch(inputs)
-        return self._forward(token_ids, mask).logits  # type: ignore[no-any-return]
+        with self._turn:
+            return self._forward(token_ids, mask).logits  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def generate(
@@ -235,7 +241,8 @@ class LanguageModel:
         sampling = _PLAIN_DECODING | {"do_sample": temperature > 0}
         if temperature > 0:
             sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+        devices = [self.device] if self.device.type == "cuda" else []
+        with self._turn, torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             out = self.model.generate(
                 input_ids=token_ids,
@@ -306,12 +313,13 @@ class LanguageModel:
 
     def _run_probe(self, ids: Tensor) -> None:
         """A pass for the resolver: active edits let it through untouched and don't see it."""
-        self._is_probing = True
-        try:
-            with torch.no_grad():
-                self._forward(ids.to(self.device), torch.ones_like(ids))
-        finally:
-            self._is_probing = False
+        with self._turn:
+            self._is_probing = True
+            try:
+                with torch.no_grad():
+                    self._forward(ids.to(self.device), torch.ones_like(ids))
+            finally:
+                self._is_probing = False
 
     def _hooked(self, hooks: Sequence[tuple[Site, Edit]]) -> AbstractContextManager[None]:
         """Hooks whose functions always see [batch, seq, width]: OPT flattens the first two."""

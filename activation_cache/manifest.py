@@ -56,8 +56,8 @@ class Fingerprint(_Record):
 
     @property
     def hash(self) -> str:
-        """A short name for the whole."""
-        return xxhash.xxh3_128(self.model_dump_json().encode()).hexdigest()
+        """A short name for the whole. Fields that came later don't change it at their defaults."""
+        return xxhash.xxh3_128(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()
 
     def require_equal(self, other: "Fingerprint", where: str) -> None:
         """Raises: CacheMismatch that names the first field in which `other` differs."""
@@ -73,10 +73,6 @@ class Fingerprint(_Record):
         """Raises: CacheMismatch if rows of `other` can't lie in one cache with these."""
         same = {field: getattr(self, field) for field in TEXT_FIELDS}
         self.require_equal(other.model_copy(update=same), where)
-
-    def is_same_text(self, other: "Fingerprint") -> bool:
-        """Whether `other` reads the same documents."""
-        return all(getattr(self, f) == getattr(other, f) for f in TEXT_FIELDS)
 
 
 TEXT_FIELDS = (
@@ -184,10 +180,12 @@ def record_name(shard: int) -> str:
 
 def read_records(store: Store, manifest: Manifest) -> list[ShardRecord]:
     """The commit records in order. Raises: CacheCorrupt if one is missing or altered."""
-    names = record_names(store)
+    try:
+        read = list(store.read_all(record_names(store)))
+    except OSError as error:
+        raise CacheCorrupt(f"a record of {store.root} can't be read: {error}. {_MEND}") from error
     records = [
-        ShardRecord.parse(store, name, parsed_json(store.path(name), data))
-        for name, data in store.read_all(names)
+        ShardRecord.parse(store, name, parsed_json(store.path(name), data)) for name, data in read
     ]
     n_shards = max(manifest.n_shards, len(records))
     for expected in range(n_shards):

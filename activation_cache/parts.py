@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import xxhash
 
-from .errors import CacheError
-from .manifest import MANIFEST, Manifest, ShardRecord, read_records
+from .errors import CacheCorrupt, CacheError
+from .manifest import MANIFEST, MANIFEST_COPY, Manifest, ShardRecord, read_records, record_names
 from .store import Store
 
 PARTS = "parts"
@@ -38,16 +38,20 @@ def part_name(number: int, rank: int, world_size: int) -> str:
     return f"{PARTS}/{number:04d}" if number else ""
 
 
-def part_numbers(store: Store) -> list[int]:
-    """Which texts there are: 0 is the first, others were added."""
-    numbers = {int(name[:4]) for name in store.names(PARTS) if name[:4].isdigit()}
-    return sorted(numbers | ({0} if store.has(MANIFEST) else set()))
-
-
 def part_stores(store: Store) -> list[Store]:
-    """The folders of the parts that have a manifest."""
-    inside = [store.child(f"{PARTS}/{name}") for name in store.names(PARTS)]
-    return [part for part in [store, *inside] if part.has(MANIFEST)]
+    """The folders of the parts that have a manifest. Raises: CacheCorrupt if there are shards
+    without one: they must not be taken for rubbish, nor left out in silence."""
+    inside = [store.child(f"{PARTS}/{name}") for name in store.names(PARTS) if name[:4].isdigit()]
+    parts = []
+    for part in [store, *inside]:
+        if part.has(MANIFEST):
+            parts.append(part)
+        elif record_names(part):
+            way_out = "restore it, or harvest into another folder"
+            if part.has(MANIFEST_COPY):
+                way_out = "put it back from its copy with `saebase harvest --repair`"
+            raise CacheCorrupt(f"{part.path(MANIFEST)} is missing, and shards are there: {way_out}")
+    return parts
 
 
 def read_parts(store: Store) -> list[Part]:

@@ -7,11 +7,11 @@ the same bytes.
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import CacheCorrupt, CacheError
+from .errors import CacheCorrupt, CacheError, CorpusError
 from .manifest import (
     MANIFEST,
     MANIFEST_COPY,
@@ -21,7 +21,7 @@ from .manifest import (
     record_names,
     sweep,
 )
-from .packing import PackedBlock, Position
+from .packing import Position
 from .production import Producer, ShardPlan
 from .shards import stored_calibrations, verify_shard
 from .store import Store
@@ -57,37 +57,67 @@ def make_again(store: Store, producer: Producer) -> Repaired:
     """
     manifest, records = Manifest.read(store), _readable_records(store)
     manifest.fingerprint.require_equal(producer.fingerprint, store.root)
+    producer.fingerprint = manifest.fingerprint  # hookpoints in its order
     hookpoints = manifest.fingerprint.hookpoints
     n_shards = max((int(Path(name).stem) for name in record_names(store)), default=-1) + 1
     intact = {n: r for n, r in records.items() if _is_intact(store, r, hookpoints)}
     damaged = [n for n in range(n_shards) if n not in intact]
-    producer.calibrations = stored_calibrations(store, list(intact.values()))
+    producer.calibrations = stored_calibrations(store, list(records.values()))
     sweep(store, records)
     differ = []
     for shard in damaged:
         old, start = records.get(shard), _start_of(shard, records, producer)
-        n_rows = _rows_of(shard, records, manifest, producer.blocks(start))
-        plan, blocks = iter([ShardPlan(shard, n_rows)]), producer.blocks(start)
+        n_rows = _rows_of(shard, records, manifest, producer)
+        plan = iter([ShardPlan(shard, n_rows)] if n_rows else [])
         made: list[ShardRecord] = []
+        blocks = producer.blocks(start)
         producer.write_shards(store, plan, blocks, start, on_commit=made.append)
+        if not made and max(records, default=-1) < shard:
+            break  # it was the last one, and the text that is left lies in the one before
+        if not made or made[0].end != _end_of(shard, records, made[0]):
+            raise CorpusError(
+                f"shard {shard} of {store.root} can't be made again: {producer.corpus.name} is not "
+                "the text that it was made from. Give the same one"
+            )
         records[shard] = made[0]
         if old and made[0].files != old.files:
             differ.append(shard)
-    if n_shards < manifest.n_shards:
+    if len(records) < manifest.n_shards:
         manifest.model_copy(update={"is_complete": False, "n_shards": 0}).write(store)
     return Repaired(n_shards, damaged, differ)
 
 
 def restore_manifests(stores: list[Store]) -> None:
-    """Put back manifests that are missing or damaged, from the copies that lie beside them."""
+    """Make manifests and their copies the same again, where one of them is missing or damaged.
+
+    Raises: CacheCorrupt if both are; CacheBusy.
+    """
     for store in stores:
-        if not store.has(MANIFEST_COPY):
-            continue
+        if (store.has(MANIFEST) or store.has(MANIFEST_COPY)) and not _are_whole(store):
+            with store.begin():
+                _readable_manifest(store).write(store)
+
+
+def _are_whole(store: Store) -> bool:
+    try:
+        return Manifest.read(store) == Manifest.read(store, MANIFEST_COPY)
+    except CacheError:
+        return False
+
+
+def _readable_manifest(store: Store) -> Manifest:
+    for name in (MANIFEST, MANIFEST_COPY):
         try:
-            Manifest.read(store)
+            return Manifest.read(store, name)
+        except CacheCorrupt as error:
+            log.warning("%s", error)
         except CacheError:
-            log.warning("%s is put back from its copy", store.path(MANIFEST))
-            Manifest.read(store, MANIFEST_COPY).write(store)
+            if store.has(name):  # a newer format
+                raise
+    raise CacheCorrupt(
+        f"{store.path(MANIFEST)} and its copy are both damaged or missing, so nothing tells what "
+        "the shards were made from: restore one of them, or harvest into another folder"
+    )
 
 
 def _readable_records(store: Store) -> dict[int, ShardRecord]:
@@ -118,17 +148,29 @@ def _start_of(shard: int, records: dict[int, ShardRecord], producer: Producer) -
     return Position(*records[shard - 1].end) if shard else producer.start
 
 
+def _end_of(shard: int, records: dict[int, ShardRecord], made: ShardRecord) -> tuple[int, int]:
+    """Where a shard's text must end: as its record says, or where the next one begins."""
+    if shard in records:
+        return records[shard].end
+    return records[shard + 1].start if shard + 1 in records else made.end
+
+
 def _rows_of(
-    shard: int, records: dict[int, ShardRecord], manifest: Manifest, blocks: Iterator[PackedBlock]
+    shard: int, records: dict[int, ShardRecord], manifest: Manifest, producer: Producer
 ) -> int:
-    """Rows of a shard: as its record says, or up to where the next one begins."""
+    """Rows of a shard: as its record says, or as many as fit in before the next one that is known.
+    Of several that are missing one after another, each gets at least a block."""
     if shard in records:
         return records[shard].n_rows
-    if shard + 1 not in records:
-        return manifest.shard_rows
-    n_rows, end = 0, Position(*records[shard + 1].start)
-    for block in blocks:
-        n_rows += len(block.token_ids)
+    ctx_len = manifest.fingerprint.ctx_len
+    known = min((number for number in records if number > shard), default=None)
+    if known is None:
+        n_done = sum(records[number].n_rows for number in range(shard))
+        n_left = -(-(manifest.n_tokens_wanted - n_done) // ctx_len) * ctx_len
+        return max(min(manifest.shard_rows, n_left), 0)
+    n_left, end = 0, Position(*records[known].start)
+    for block in producer.blocks(_start_of(shard, records, producer)):
+        n_left += len(block.token_ids)
         if block.end >= end:
             break
-    return n_rows
+    return min(manifest.shard_rows, n_left - (known - shard - 1) * ctx_len)

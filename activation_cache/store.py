@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .durable import LOCK, DurableFile, faults_told, locked, written
-from .errors import CacheError
+from .errors import CacheCorrupt, CacheError
 
 
 class ByteRange(NamedTuple):
@@ -66,6 +66,7 @@ class Store(ABC):
     def read_into(self, place: ByteRange, out: memoryview, *, again: bool = False) -> bool:
         """Fill `out` with a range of a file. False if the file is missing or ends too early.
 
+        Raises: CacheCorrupt if it is there and can't be read.
         again: not from a copy on this machine that an earlier read may have left.
         """
 
@@ -136,6 +137,8 @@ class LocalStore(Store):
             handle = os.open(self.folder / place.name, os.O_RDONLY)
         except FileNotFoundError:
             return False
+        except OSError as error:
+            raise CacheCorrupt(f"{self.path(place.name)} {_unread(error)}") from error
         try:
             done = 0
             while done < len(out):
@@ -143,6 +146,8 @@ class LocalStore(Store):
                 if n == 0:
                     return False
                 done += n
+        except OSError as error:  # a bad sector
+            raise CacheCorrupt(f"{self.path(place.name)} {_unread(error)}") from error
         finally:
             os.close(handle)
         return True
@@ -174,23 +179,26 @@ class LocalStore(Store):
     def _leave_nothing_empty(self, made: list[Path]) -> None:
         """Take away folders that were made and hold nothing."""
         try:
-            for inside in self.folder.iterdir():
-                if inside.is_dir():
-                    inside.rmdir()
-        except OSError:  # it holds something
-            return
-        try:
-            if {path.name for path in self.folder.iterdir()} <= {LOCK}:
+            inside = list(self.folder.iterdir())
+            if all(path.is_dir() or path.name == LOCK for path in inside):
+                for path in inside:
+                    if path.is_dir():
+                        path.rmdir()
                 (self.folder / LOCK).unlink(missing_ok=True)
                 for folder in made:
                     folder.rmdir()
-        except OSError:  # another process has begun to use them
+        except OSError:  # they hold something
             return
 
     def free_bytes(self) -> int | None:
         home = next(f for f in (self.folder, *self.folder.absolute().parents) if f.exists())
         stat = os.statvfs(home)
         return stat.f_bavail * stat.f_frsize
+
+
+def _unread(error: OSError) -> str:
+    why = error.strerror or error
+    return f"can't be read: {why}. Check the disk, or make it again with `saebase harvest --repair`"
 
 
 def open_store(place: str | Path | Store) -> Store:

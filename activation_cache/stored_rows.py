@@ -18,7 +18,7 @@ class Exact(NamedTuple):
 
 class StoredRows:
     """raw: [n, width] in the storage dtype. For int8 also row_scales: float32 [n], the calibrations
-    that occur, which of them each row takes (uint8 [n], None where there is one), and exact rows.
+    that occur, which of them each row takes (int16 [n], None where there is one), and exact rows.
     """
 
     def __init__(

@@ -277,7 +277,7 @@ def writable_bytes(tensor: Tensor) -> NDArray[np.uint8]:
 def _as_tensor(rest: bytes, start: int, entry: dict[str, Any]) -> Tensor:
     first, last = (offset - start for offset in entry["data_offsets"])
     dtype = TORCH_DTYPES[entry["dtype"]]
-    if last == first:
+    if first == last:  # frombuffer takes no empty one
         return torch.empty(entry["shape"], dtype=dtype)
     return torch.frombuffer(bytearray(rest[first:last]), dtype=dtype).reshape(entry["shape"])
 

@@ -88,7 +88,8 @@ class WindowLoader:
         sizes = self._shards.block_rows[chosen]
         begins = np.cumsum([0, *sizes])[:-1]
         order = np.argsort(chosen)  # as they lie on disk
-        rows = {h: self._read_at(h, chosen, begins, order) for h in self._wanted.hookpoints}
+        kept = self._kept(chosen, begins)
+        rows = {h: self._read_at(h, chosen, begins, order, kept) for h in self._wanted.hookpoints}
         return begins, rows
 
     def _read_at(
@@ -97,6 +98,7 @@ class WindowLoader:
         chosen: NDArray[np.int64],
         begins: NDArray[np.int64],
         order: NDArray[np.int64],
+        kept: Tensor,
     ) -> StoredRows:
         n_rows = int(self._shards.block_rows[chosen].sum())
         file = self._shards.file(0, hookpoint)
@@ -119,7 +121,9 @@ class WindowLoader:
         in_parallel(read, places, READ_THREADS)
         if scales is None:
             return StoredRows(raw)
-        return self._coded(hookpoint, raw, scales, places)
+        is_exact_wanted = bool((scales.index_select(0, kept) == 0).any())
+        exact = self._exact(hookpoint, places) if is_exact_wanted else None
+        return self._coded(hookpoint, raw, scales, exact, places)
 
     def _fetch(self, hookpoint: str, places: list[tuple[int, int, int]]) -> None:
         """Bring what is elsewhere to this machine, many blocks at once."""
@@ -133,7 +137,12 @@ class WindowLoader:
             store.fetch([place for each, place in wanted if each is store])
 
     def _coded(
-        self, hookpoint: str, raw: Tensor, scales: Tensor, places: list[tuple[int, int, int]]
+        self,
+        hookpoint: str,
+        raw: Tensor,
+        scales: Tensor,
+        exact: Exact | None,
+        places: list[tuple[int, int, int]],
     ) -> StoredRows:
         """int8 rows with what decodes them."""
         hashes = [
@@ -143,18 +152,14 @@ class WindowLoader:
         calibrations = [self._shards.calibration(hookpoint, name) for name in names]
         which = None
         if len(names) > 1:
-            which = torch.zeros(len(raw), dtype=torch.uint8)
+            which = torch.zeros(len(raw), dtype=torch.int16)
             for (shard, block, begin), name in zip(places, hashes, strict=True):
                 n = self._shards.file(shard, hookpoint).n_rows_of(block)
                 which[begin : begin + n] = names.index(name)
-        return StoredRows(raw, scales, calibrations, which, self._exact(hookpoint, scales, places))
+        return StoredRows(raw, scales, calibrations, which, exact)
 
-    def _exact(
-        self, hookpoint: str, scales: Tensor, places: list[tuple[int, int, int]]
-    ) -> Exact | None:
-        """The rows among these that are stored as they are, where massive rows are wanted."""
-        if self._selection.max_norm(hookpoint) < float("inf") or not bool((scales == 0).any()):
-            return None
+    def _exact(self, hookpoint: str, places: list[tuple[int, int, int]]) -> Exact:
+        """The rows among these that are stored as they are."""
         at, acts = [], []
         for shard, inside_shard in itertools.groupby(places, key=lambda place: place[0]):
             small = self._shards.small(shard, hookpoint)
