@@ -127,6 +127,10 @@ def train(
     if dataset is None or hookpoint is None:
         missing = "--dataset" if dataset is None else "--hookpoint"
         raise PipelineError(f"--model {model} needs {missing}: what it runs on, and where to look")
+    if settings.n_steps is None and settings.n_tokens is None:
+        raise PipelineError(
+            "text for --model has no end: say how long to train, with --n-tokens or --n-steps"
+        )
     load_lm = stages.model_loader(model, model_device, model_dtype, console)
     with (
         stages.opened_stream(
