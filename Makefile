@@ -1,6 +1,6 @@
 # Every target makes .venv when it is missing or when what it was made from has changed.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu lint format types check clean
+.PHONY: help demo test test-slow test-gpu faults lint format types check clean
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -28,6 +28,9 @@ test-slow: $(STAMP)  ## the tests that take longer
 
 test-gpu: $(STAMP)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+faults: $(STAMP)  ## kills, failing calls, flipped bits, full disks: under ten minutes on two cores
+	$(BIN)/python -m tests.faults $(if $(SEED),--seed $(SEED))
 
 lint: $(STAMP)  ## ruff: lint and formatting
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

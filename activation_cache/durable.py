@@ -8,6 +8,7 @@ written.
 import errno
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -79,12 +80,14 @@ def locked(folder: Path) -> Iterator[None]:
         file = path.open("a+")
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
+            with faults_told(path, 0):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except CacheError as error:
+            if not isinstance(error.__cause__, BlockingIOError):
+                raise
             raise CacheBusy(
-                f"{folder} is being written by {holder}: wait for it, or choose another folder"
+                f"{folder} is being written by {_holder(path)}: wait for it, or choose another "
+                "folder"
             ) from error
         with faults_told(path, 0):
             if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
@@ -93,6 +96,18 @@ def locked(folder: Path) -> Iterator[None]:
             file.write(f"process {os.getpid()} on {os.uname().nodename}")
             file.flush()
         yield
+
+
+def _holder(path: Path) -> str:
+    """Who holds a lock. It may have got it this moment, and not have said so yet."""
+    for _ in range(50):
+        words = path.read_text().split() if path.exists() else []
+        if len(words) == 4:
+            is_here = words[3] == os.uname().nodename and Path("/proc/self").exists()
+            if not is_here or Path(f"/proc/{words[1]}").exists():
+                return " ".join(words)
+        time.sleep(0.01)
+    return "another process"
 
 
 def _reserve(handle: int, n_bytes: int) -> None:

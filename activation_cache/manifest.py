@@ -21,6 +21,7 @@ MANIFEST = "manifest.json"
 MANIFEST_COPY = "manifest.copy.json"
 """The same again: all shards would be lost with it."""
 SHARDS = "shards"
+_LISTINGS = 5
 BLOCK_ROWS = 1_024
 """Rows that are hashed, shuffled and loaded together."""
 
@@ -180,8 +181,9 @@ def record_name(shard: int) -> str:
 
 def read_records(store: Store, manifest: Manifest) -> list[ShardRecord]:
     """The commit records in order. Raises: CacheCorrupt if one is missing or altered."""
+    names = _names_without_gap(store)
     try:
-        read = list(store.read_all(record_names(store)))
+        read = list(store.read_all(names))
     except OSError as error:
         raise CacheCorrupt(f"a record of {store.root} can't be read: {error}. {_MEND}") from error
     records = [
@@ -196,6 +198,16 @@ def read_records(store: Store, manifest: Manifest) -> list[ShardRecord]:
                 "with `saebase harvest --repair`"
             )
     return records
+
+
+def _names_without_gap(store: Store) -> list[str]:
+    """The records' names. A listing that is made while a writer commits may show a shard without
+    the one before it: then it is made again, a few times."""
+    for _ in range(_LISTINGS):
+        names = record_names(store)
+        if names == [record_name(shard) for shard in range(len(names))]:
+            break
+    return names
 
 
 def record_names(store: Store) -> list[str]:

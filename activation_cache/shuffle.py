@@ -24,6 +24,9 @@ class Window(Protocol):
     def take(self, places: Tensor) -> dict[str, Tensor]:
         """Rows by number among those that were asked for, hookpoint -> [n, width]."""
 
+    def release(self) -> None:
+        """It is used no more: its memory may be."""
+
 
 class Blocks(NamedTuple):
     """Where the rows of an epoch come from. counts: int64 [n_blocks], rows of each block. load:
@@ -75,6 +78,7 @@ def shuffled_batches(
             if n_in_batch == batch_size:
                 yield _joined(parts)
                 parts, n_in_batch = [], 0
+        window.release()
         del window, order  # so that there are never three of them in memory
     if n_in_batch:
         yield _joined(parts)

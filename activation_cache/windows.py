@@ -5,6 +5,7 @@ holds rows as they are stored; only those of a batch become floats, on the devic
 """
 
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -35,13 +36,25 @@ class Wanted(NamedTuple):
 class LoadedWindow:
     """Rows in memory as they are stored, and which of them are kept, in the order of loading."""
 
-    def __init__(self, rows: dict[str, StoredRows], kept: Tensor, wanted: Wanted):
+    def __init__(
+        self,
+        rows: dict[str, StoredRows],
+        kept: Tensor,
+        wanted: Wanted,
+        on_release: Callable[[dict[str, StoredRows]], None] = lambda _: None,
+    ):
         self._rows, self._kept, self._wanted = rows, kept, wanted
+        self._on_release = on_release
 
     def take(self, places: Tensor) -> dict[str, Tensor]:
         """Kept rows by number, hookpoint -> [n, width]."""
         index, wanted = self._kept[places], self._wanted
         return {h: rows.take(index, wanted.device, wanted.dtype) for h, rows in self._rows.items()}
+
+    def release(self) -> None:
+        """The rows may be overwritten."""
+        rows, self._rows = self._rows, {}
+        self._on_release(rows)
 
 
 class WindowLoader:
@@ -54,6 +67,7 @@ class WindowLoader:
         files = [shards.file(0, hookpoint) for hookpoint in wanted.hookpoints]
         per_window = window_bytes // (BLOCK_ROWS * sum(file.row_bytes for file in files))
         self._per_window = max(per_window, 1)
+        self._spare: list[dict[str, StoredRows]] = []  # fresh memory costs more than reading
         self._whole: tuple[NDArray[np.int64], dict[str, StoredRows]] | None = None
 
     def blocks(self) -> Blocks:
@@ -66,7 +80,8 @@ class WindowLoader:
         n_blocks = len(self._shards.block_rows)
         if len(chosen) < n_blocks:
             begins, rows = self._read(chosen)
-            return LoadedWindow(rows, self._kept(chosen, begins), self._wanted)
+            kept = self._kept(chosen, begins)
+            return LoadedWindow(rows, kept, self._wanted, self._spare.append)
         if self._whole is None:
             self._whole = self._read(np.arange(n_blocks))
         begins, rows = self._whole
@@ -89,7 +104,11 @@ class WindowLoader:
         begins = np.cumsum([0, *sizes])[:-1]
         order = np.argsort(chosen)  # as they lie on disk
         kept = self._kept(chosen, begins)
-        rows = {h: self._read_at(h, chosen, begins, order, kept) for h in self._wanted.hookpoints}
+        spare = self._spare.pop() if self._spare else {}
+        rows = {
+            h: self._read_at(h, chosen, begins, order, kept, spare.get(h))
+            for h in self._wanted.hookpoints
+        }
         return begins, rows
 
     def _read_at(
@@ -99,11 +118,15 @@ class WindowLoader:
         begins: NDArray[np.int64],
         order: NDArray[np.int64],
         kept: Tensor,
+        spare: StoredRows | None,
     ) -> StoredRows:
-        n_rows = int(self._shards.block_rows[chosen].sum())
-        file = self._shards.file(0, hookpoint)
-        raw = torch.empty(n_rows, *file.row_shape, dtype=file.dtype)
-        scales = torch.empty(n_rows) if file.dtype == torch.int8 else None
+        """spare: rows of an earlier window, whose memory is used again."""
+        n_rows, file = len(chosen) * BLOCK_ROWS, self._shards.file(0, hookpoint)
+        if spare is not None and len(spare.raw) >= n_rows:
+            raw, scales = spare.raw, spare.row_scales
+        else:
+            raw = torch.empty(n_rows, *file.row_shape, dtype=file.dtype)
+            scales = torch.empty(n_rows) if file.dtype == torch.int8 else None
         places = [
             (*self._shards.place_of_block(int(chosen[i])), int(begins[i])) for i in order.tolist()
         ]

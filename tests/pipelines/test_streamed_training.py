@@ -82,7 +82,10 @@ def test_command_trains_from_a_model(
     [
         (["--max-disk", "12 parsecs"], "expected a size such as 20GB or 500MB"),
         (["--max-disk", "1MB"], "max_disk=1,000,000 bytes is less than two shards of 200,000,000"),
-        (["--max-disk", "1GB"], "text for --model has no end: say how long to train, with --n-tokens or --n-steps"),
+        (
+            ["--max-disk", "1GB"],
+            "text for --model has no end: say how long to train, with --n-tokens",
+        ),
     ],
 )
 def test_bad_budgets_are_told_in_a_line(
