@@ -4,6 +4,7 @@
 `cache_statistics` says what is in it.
 """
 
+from .block_cache import configure_block_cache
 from .cache import ActivationCache
 from .chunks import CachedDocument, Chunk, DocumentActs, TokenBlock
 from .documents import Corpus, Document, open_corpus
@@ -49,6 +50,7 @@ __all__ = [
     "StatisticsProgress",
     "TokenBlock",
     "cache_statistics",
+    "configure_block_cache",
     "harvest",
     "open_corpus",
 ]

@@ -36,6 +36,11 @@ class DurableFile:
                 done += os.pwrite(self._file.fileno(), data[done:], start + done)
         self.n_bytes = max(self.n_bytes, start + len(data))
 
+    def trim(self) -> None:
+        """Give back the space that was claimed and not used."""
+        with faults_told(self._path, 0):
+            self._file.truncate(self.n_bytes)
+
 
 @contextmanager
 def written(path: Path, *, reserve_bytes: int = 0) -> Iterator[DurableFile]:
@@ -63,6 +68,25 @@ def written(path: Path, *, reserve_bytes: int = 0) -> Iterator[DurableFile]:
             partial.unlink()
 
 
+@contextmanager
+def scratch(path: Path, *, reserve_bytes: int = 0) -> Iterator[DurableFile]:
+    """A binary file that is there, and locked, while the context is open.
+
+    reserve_bytes: see `written`. Raises: DiskFull, CacheError (can't write there).
+    """
+    try:
+        with faults_told(path, reserve_bytes):
+            file = path.open("xb", buffering=0)
+        with file:
+            with faults_told(path, reserve_bytes):
+                fcntl.flock(file, fcntl.LOCK_EX)
+                _reserve(file.fileno(), reserve_bytes)
+            yield DurableFile(file, path)
+    finally:
+        with suppress(OSError):
+            path.unlink()
+
+
 def fsync_folder(folder: Path) -> None:
     """Make renames in `folder` survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
@@ -73,8 +97,12 @@ def fsync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for writing. Raises: CacheBusy that names the process which holds it."""
+def locked(folder: Path, *, shown_as: str | None = None) -> Iterator[None]:
+    """Hold `folder` for writing. Raises: CacheBusy that names the process which holds it.
+
+    shown_as: what messages call what is held.
+    """
+    held = shown_as or folder
     path = folder / LOCK
     with faults_told(path, 0):
         file = path.open("a+")
@@ -86,12 +114,11 @@ def locked(folder: Path) -> Iterator[None]:
             if not isinstance(error.__cause__, BlockingIOError):
                 raise
             raise CacheBusy(
-                f"{folder} is being written by {_holder(path)}: wait for it, or choose another "
-                "folder"
+                f"{held} is being written by {_holder(path)}: wait for it, or choose another folder"
             ) from error
         with faults_told(path, 0):
             if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
-                raise CacheBusy(f"{folder} was being written a moment ago: try again")
+                raise CacheBusy(f"{held} was being written a moment ago: try again")
             file.truncate(0)
             file.write(f"process {os.getpid()} on {os.uname().nodename}")
             file.flush()

@@ -74,6 +74,10 @@ class Store(ABC):
         """Bring ranges to this machine, many at once, so that `read_into` finds them here."""
         del wanted
 
+    def forget(self, name: str) -> None:
+        """Drop what of a file lies on this machine as a copy: it is read from where it is."""
+        del name
+
     @abstractmethod
     def written(self, name: str, *, reserve_bytes: int = 0) -> AbstractContextManager[DurableFile]:
         """See `durable.written`."""

@@ -27,6 +27,7 @@ HEADER_BYTES = 1_024
 PREFIX_BYTES = 8 + HEADER_BYTES
 ROW_SCALES = "row_scales"
 _SCALE_BYTES = 4
+_VERIFIED_AT_ONCE = 16
 
 
 class Block(NamedTuple):
@@ -204,10 +205,11 @@ class TensorFile:
         }
 
     def verify(self) -> None:
-        """Read everything once. Raises: CacheCorrupt."""
+        """Read everything once, from where it is stored. Raises: CacheCorrupt."""
+        self._store.forget(self._name)
         self._read_rest()
-        for block in range(self.n_blocks):
-            self.blocks(block, block + 1)
+        for block in range(0, self.n_blocks, _VERIFIED_AT_ONCE):
+            self.blocks(block, min(block + _VERIFIED_AT_ONCE, self.n_blocks))
 
     def _block_rows(self, block: int) -> tuple[int, int]:
         return block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, self.n_rows)

@@ -5,7 +5,6 @@ Tables are split, and long cells set in lines, so that a log file of 80 columns 
 
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -19,7 +18,7 @@ _FEW = 3
 """Up to so many hookpoints are told in full."""
 
 
-def statistics_lines(found: CacheStatistics, acts: Path) -> list[str]:
+def statistics_lines(found: CacheStatistics, acts: str) -> list[str]:
     """What is in the cache as a whole, what was read of it, and what storing it rounded."""
     disk = found.disk
     documents = f"{found.n_documents:,} documents"

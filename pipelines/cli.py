@@ -2,13 +2,15 @@
 
     saebase --help              saebase VERB --help
 
-`--config file.yaml` gives any flag of a verb; flags on the line win. A mistake of the user's is one
+`--config file.yaml` gives any flag of a verb; flags on the line win. Blocks of caches at URLs are
+kept in SAEBASE_BLOCKS, at most SAEBASE_BLOCKS_GB of them. A mistake of the user's is one
 line and exit status 2; `--debug` shows where it came from. Interrupted work ends with status 130
 and goes on when the same command is called again.
 """
 
 import importlib.metadata
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -19,8 +21,10 @@ from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
 from cyclopts.config import Yaml
 from rich.console import Console
 
+from activation_cache import configure_block_cache
+
 from .config import read_yaml, unknown_key
-from .errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, USER_ERRORS
+from .errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, USER_ERRORS, PipelineError
 
 console = Console()
 error_console = Console(stderr=True)
@@ -49,7 +53,17 @@ def _launch(
     if config is not None:
         read_yaml(config)
         app.config = Yaml(config, use_commands_as_keys=False, must_exist=True)
+    _configure_blocks(os.environ.get("SAEBASE_BLOCKS"), os.environ.get("SAEBASE_BLOCKS_GB"))
     app(tokens, exit_on_error=False, print_error=False)
+
+
+def _configure_blocks(folder: str | None, gigabytes: str | None) -> None:
+    """Where blocks of remote caches are kept, from the environment."""
+    try:
+        max_bytes = int(float(gigabytes) * 1e9) if gigabytes else None
+    except ValueError as error:
+        raise PipelineError(f"SAEBASE_BLOCKS_GB={gigabytes}: expected a number") from error
+    configure_block_cache(folder, max_bytes)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

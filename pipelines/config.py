@@ -10,6 +10,7 @@ The sections `harvest`, `sae`, `train`, `evaluate` and `index` take the fields o
 packages that do the work; defaults stand there and nowhere else.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,7 +24,7 @@ from feature_db import IndexConfig
 from sae import EvalConfig, SAEConfig, SAEError, TrainConfig
 from sae.architectures import config_of
 
-from .errors import ConfigFileError
+from .errors import ConfigFileError, PipelineError
 
 DEFAULT_ARCHITECTURE = "batch_topk"
 
@@ -37,6 +38,7 @@ class PipelineConfig(BaseModel):
     dataset: str = Field(description="Hub dataset, .jsonl, .txt or .parquet file, folder, or demo.")
     hookpoints: list[str] = Field(min_length=1, description="Places in the model, an SAE for each.")
     out: Path = Field(description="Folder for acts, the trained SAEs and the database.")
+    acts: str = Field("", description="Folder or URL of the cache; left out, acts in `out`.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps.")
     dtype: str = Field("auto", description="The model's: auto, float32, bfloat16 or float16.")
     harvest: HarvestConfig = Field(default_factory=HarvestConfig)
@@ -53,10 +55,19 @@ class PipelineConfig(BaseModel):
         settings = dict(section)
         return config_of(settings.pop("architecture", DEFAULT_ARCHITECTURE), settings)
 
+    @field_validator("out")
+    @classmethod
+    def _on_this_machine(cls, out: Path) -> Path:
+        try:
+            require_local(out)
+        except PipelineError as error:
+            raise ValueError(str(error)) from error
+        return out
+
     @property
-    def acts(self) -> Path:
-        """Folder of the activation cache."""
-        return self.out / "acts"
+    def acts_place(self) -> str:
+        """Folder or URL of the activation cache."""
+        return self.acts or str(self.out / "acts")
 
     @property
     def database(self) -> Path:
@@ -66,6 +77,15 @@ class PipelineConfig(BaseModel):
     def run_folder(self, hookpoint: str) -> Path:
         """Folder of the SAE at `hookpoint`: `run`, or one in `runs` where there are several."""
         return self.out / "run" if len(self.hookpoints) == 1 else self.out / "runs" / hookpoint
+
+
+def require_local(path: Path) -> None:
+    """Raises: PipelineError for what was a URL before it became a path."""
+    if re.match(r"\w{2,}:/", str(path)):
+        raise PipelineError(
+            f"{path}: SAEs and databases are made on this machine; give a folder. Only an "
+            "activation cache may lie at a URL"
+        )
 
 
 def read_config(path: str | Path, **overrides: Any) -> PipelineConfig:

@@ -23,6 +23,8 @@ OPTIONAL = {
     "accelerate": "models in .gguf files: pip install 'saebase[gguf]'",
     "matplotlib": "drawings with --plot: pip install 'saebase[plots]'",
     "polars": "results as polars frames: pip install 'saebase[polars]'",
+    "s3fs": "caches at s3://: pip install 'saebase[s3]'",
+    "gcsfs": "caches at gs://: pip install 'saebase[gcs]'",
     "wandb": "tracking with --wandb-project: pip install 'saebase[wandb]'",
     "mwparserfromhell": "the demo's text: pip install 'saebase[demo]'",
 }

@@ -164,7 +164,7 @@ def _harvest_plan(
     return StagePlan(
         "harvest",
         n_tokens,
-        n_tokens * token_bytes,
+        0 if "://" in config.acts_place else n_tokens * token_bytes,
         model_bytes + activations,
         n_tokens * per_token / flops,
     )

@@ -54,7 +54,7 @@ def run_pipeline(
     seconds: dict[str, float] = {}
     with _timed("harvest", seconds):
         acts = harvest_stage(
-            console, load_lm, config.dataset, config.hookpoints, config.acts, config.harvest
+            console, load_lm, config.dataset, config.hookpoints, config.acts_place, config.harvest
         )
     folders = [config.run_folder(hookpoint) for hookpoint in config.hookpoints]
     for hookpoint, folder in zip(config.hookpoints, folders, strict=True):
@@ -102,7 +102,7 @@ def harvest_stage(
     load_lm: LoadModel,
     dataset: str,
     hookpoints: Sequence[str],
-    out: Path,
+    out: str,
     config: HarvestConfig,
     **how: Any,
 ) -> ActivationCache:
@@ -283,12 +283,12 @@ def database_lines(db: FeatureDB, path: Path) -> list[str]:
     ]
 
 
-def open_cache(folder: Path, hookpoint: str | None) -> tuple[ActivationCache, str]:
+def open_cache(place: str, hookpoint: str | None) -> tuple[ActivationCache, str]:
     """A cache, and the hookpoint of it that is meant: the only one where none is named."""
-    acts = ActivationCache.open(folder)
+    acts = ActivationCache.open(place)
     if hookpoint is None and len(acts.hookpoints) > 1:
         raise PipelineError(
-            f"cache {folder} holds {', '.join(acts.hookpoints)}: choose one with --hookpoint"
+            f"cache {acts.path} holds {', '.join(acts.hookpoints)}: choose one with --hookpoint"
         )
     return acts, hookpoint or acts.hookpoints[0]
 

@@ -55,7 +55,7 @@ def stats(
     cache = ActivationCache.open(acts)
     found = _read(cache, hookpoint, n_rows or None)
     if output == "json":
-        line = json.dumps({"acts": str(acts), **_plain(dataclasses.asdict(found))})
+        line = json.dumps({"acts": acts, **_plain(dataclasses.asdict(found))})
         console.file.write(f"{line}\n")
     else:
         _print(found, acts)
@@ -79,7 +79,7 @@ def _read(cache: ActivationCache, hookpoint: str | None, n_rows: int | None) -> 
         )
 
 
-def _print(found: CacheStatistics, acts: Path) -> None:
+def _print(found: CacheStatistics, acts: str) -> None:
     for line in statistics_lines(found, acts):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     for table in statistics_tables(found, console.width):

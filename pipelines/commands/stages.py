@@ -16,7 +16,18 @@ from ..cli import app, console
 from ..errors import PipelineError
 from ..ranks import place_among_ranks
 from ..trackers import trackers_of
-from .arguments import DEFAULT_ACTS, DEFAULT_DATABASE, Acts, Bytes, Device, Dtype, Model, Sae
+from .arguments import (
+    DEFAULT_ACTS,
+    DEFAULT_DATABASE,
+    Acts,
+    Bytes,
+    Device,
+    Dtype,
+    Local,
+    Model,
+    Place,
+    Sae,
+)
 
 Fields = Parameter(name="*")
 Rank = Annotated[
@@ -37,7 +48,9 @@ def harvest(
         list[str],
         Parameter(consume_multiple=True, negative=(), help="Places, such as layers.6.resid_post."),
     ],
-    out: Annotated[Path, Parameter(help="Folder to write to, or to go on in.")] = DEFAULT_ACTS,
+    out: Annotated[
+        Place, Parameter(help="Folder or URL (s3://bucket/acts) to write to, or to go on in.")
+    ] = DEFAULT_ACTS,
     extend: Annotated[
         bool, Parameter(negative=(), help="Add this text to the cache, behind what is there.")
     ] = False,
@@ -71,13 +84,13 @@ def harvest(
     place = f" --hookpoint {hookpoints[0]}" if len(hookpoints) > 1 else ""
     width = cache.d_model(hookpoints[0])
     sizes = f"--d-sae {8 * width} --k {min(32, width // 2)}"
-    _next(f"saebase train --acts {quote(str(out))}{place} {sizes} --out runs/first")
+    _next(f"saebase train --acts {quote(out)}{place} {sizes} --out runs/first")
 
 
 @app.command
 def train(
     *,
-    out: Annotated[Path, Parameter(help="Folder for the SAE, or to go on in.")],
+    out: Annotated[Local, Parameter(help="Folder for the SAE, or to go on in.")],
     acts: Acts = DEFAULT_ACTS,
     hookpoint: Hookpoint = None,
     model: Annotated[
@@ -122,7 +135,7 @@ def train(
         cache, place = stages.open_cache(acts, hookpoint)
         with trackers_of(wandb_project, out.name, described) as trackers:
             stages.train_stage(console, cache, place, config, settings, out, trackers)
-        _next(f"saebase evaluate {quote(str(out))} --acts {quote(str(acts))}")
+        _next(f"saebase evaluate {quote(str(out))} --acts {quote(acts)}")
         return
     if dataset is None or hookpoint is None:
         missing = "--dataset" if dataset is None else "--hookpoint"
@@ -160,7 +173,7 @@ def evaluate(
     cache = ActivationCache.open(acts)
     load_lm = stages.model_of_cache(cache, device, dtype, console) if with_model else None
     stages.evaluate_stage(console, sae, cache, load_lm, settings)
-    _next(f"saebase index {quote(str(sae))} --acts {quote(str(acts))}")
+    _next(f"saebase index {quote(str(sae))} --acts {quote(acts)}")
 
 
 @app.command
@@ -168,7 +181,7 @@ def index(
     saes: Annotated[list[Path], Parameter(help="Folders of trained SAEs.", negative=())],
     *,
     acts: Acts = DEFAULT_ACTS,
-    out: Annotated[Path, Parameter(help="Database file to write.")] = DEFAULT_DATABASE,
+    out: Annotated[Local, Parameter(help="Database file to write.")] = DEFAULT_DATABASE,
     overwrite: Annotated[bool, Parameter(negative=(), help="Replace another database.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -188,7 +201,7 @@ def verify(acts: Acts = DEFAULT_ACTS) -> None:
     cache = ActivationCache.open(acts)
     with console.status("verifying"):
         n_bytes = cache.verify()
-    console.print(f"{acts}: {n_bytes / 1e6:,.1f} MB in {cache.n_tokens:,} rows, all intact")
+    console.print(f"{cache.path}: {n_bytes / 1e6:,.1f} MB in {cache.n_tokens:,} rows, all intact")
 
 
 def _next(command: str) -> None:

@@ -15,9 +15,10 @@ from ..errors import PipelineError
 from ..plan import make_plan
 from ..stages import run_pipeline
 from ..trackers import trackers_of
+from .arguments import Local
 
 ConfigFile = Annotated[Path, Parameter(help="YAML file; `saebase run --help` tells what is in it.")]
-Out = Annotated[Path | None, Parameter(help="Folder to write to, instead of the file's `out`.")]
+Out = Annotated[Local | None, Parameter(help="Folder to write to, instead of the file's `out`.")]
 
 
 @app.command(name="run")
@@ -31,8 +32,8 @@ def run_command(
 ) -> None:
     """Run all stages of a configuration, skipping what is already made.
 
-    The file has the keys `model`, `dataset`, `hookpoints`, `out`, and the sections `harvest`,
-    `sae`, `train`, `evaluate` and `index`, which take the flags of those verbs.
+    The file has the keys `model`, `dataset`, `hookpoints`, `out`, if need be `acts`, and the
+    sections `harvest`, `sae`, `train`, `evaluate` and `index`, which take the flags of those verbs.
     """
     settings = read_config(config, out=out)
     described = settings.model_dump(mode="json")

@@ -246,3 +246,28 @@ def test_debug_shows_where_it_came_from(saebase: Saebase, tmp_path: Path) -> Non
     outcome = saebase("run", tmp_path / "none.yaml", "--debug")
     assert outcome.status == 2
     assert "Traceback" in outcome.err
+
+
+def test_places_that_can_t_be_urls(
+    saebase: Saebase, small_run: SmallRun, small_model: Path, small_text: Path, tmp_path: Path
+) -> None:
+    train = ("train", "--acts", small_run.acts, "--d-sae", 16, "--k", 2)
+    refused(saebase(*train, "--out", "s3://bucket/sae"), "made on this machine", "give a folder")
+    config = tmp_path / "run.yaml"
+    config.write_text(config_text(small_model, small_text, Path("s3://bucket/run")))
+    refused(saebase("run", config), "s3:/bucket/run", "made on this machine")
+    assert not Path("s3:").exists()
+
+
+def test_a_url_that_can_t_be_used_is_told_before_the_model_is_loaded(
+    saebase: Saebase, harvest: list[object]
+) -> None:
+    wrong = spoilt(spoilt(harvest, "--model", "no/such-model"), "--out", "s4://bucket/acts")
+    refused(saebase(*wrong), "s4://bucket/acts has the unknown protocol 's4'")
+
+
+def test_block_cache_settings_are_checked(
+    saebase: Saebase, small_run: SmallRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAEBASE_BLOCKS_GB", "many")
+    refused(saebase("verify", small_run.acts), "SAEBASE_BLOCKS_GB=many: expected a number")

@@ -80,6 +80,34 @@ def test_a_second_run_makes_nothing_again(saebase: Saebase, small_run: SmallRun)
     }
 
 
+def test_the_stages_take_a_cache_at_a_url(
+    saebase: Saebase, small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAEBASE_BLOCKS", str(tmp_path / "blocks"))
+    acts, sae = "memory://command/line/acts", tmp_path / "sae"
+    harvested = saebase(
+        *("harvest", "--model", small_run.model, "--dataset", small_run.text, "--out", acts),
+        *("--hookpoints", "layers.1.resid_post", "--n-tokens", 1536, "--ctx-len", 32),
+    )
+    assert harvested.status == 0, harvested.err
+    assert f"saebase train --acts {acts} --d-sae" in harvested.out
+    assert f"{acts}: " in saebase("verify", acts).out
+    assert saebase("cache", "stats", acts).out.startswith(f"{acts}: ")
+    trained = saebase(
+        *("train", "--acts", acts, "--out", sae, "--d-sae", 96, "--k", 6, "--n-steps", 40),
+        *("--batch-size", 128, "--lr", 0.003),
+    )
+    assert trained.status == 0, trained.err
+    evaluated = saebase("evaluate", sae, "--acts", acts, "--no-with-model")
+    assert evaluated.status == 0, evaluated.err
+    assert list((tmp_path / "blocks").glob("*/*-*"))
+    config = tmp_path / "run.yaml"
+    text = config_text(small_run.model, small_run.text, tmp_path / "run")
+    config.write_text(text.replace("harvest:", "acts: memory://command/line/run\nharvest:"))
+    assert saebase("run", config).status == 0
+    assert not (tmp_path / "run" / "acts").exists()
+
+
 def test_the_stages_one_by_one_make_the_same_as_a_run(
     saebase: Saebase, small_run: SmallRun, tmp_path: Path
 ) -> None:
