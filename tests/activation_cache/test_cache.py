@@ -89,6 +89,9 @@ class _Numbers:
     def take(self, places: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"x": self._rows[places]}
 
+    def release(self) -> None:
+        self._rows = torch.empty(0, 1)  # whoever still reads them fails
+
 
 def _numbered(counts: list[int], per_window: int) -> Blocks:
     """Blocks whose rows are the numbers 0, 1, 2, ..."""
