@@ -8,8 +8,9 @@ verified against its checksum as it is loaded. `windows` and `shuffle` mix them 
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +30,20 @@ from .store import LocalStore, Store, open_store
 from .stored_rows import Exact, StoredRows
 from .windows import Wanted, WindowLoader
 
-_CHUNK_BYTES = 64_000_000
+_CHUNK_BYTES = 16_000_000
+"""Of float32. Larger ones come from the system and go back to it each time, page by page."""
+_AHEAD_BYTES = 64_000_000
+"""What a disk is told to begin with before it is read."""
+
+
+class _Piece(NamedTuple):
+    """Packed blocks begin..end-1 of a shard, which are its rows first..last-1."""
+
+    shard: int
+    begin: int
+    end: int
+    first: int
+    last: int
 
 
 class ActivationCache:
@@ -325,7 +339,7 @@ class ActivationCache:
     ) -> Iterator[Chunk]:
         """The cache in order, some whole blocks at a time (at least `rows` rows, but the last).
 
-        rows: left out, as many as take 64 MB in float32. The next chunk is read while one is used.
+        rows: left out, as many as take 16 MB in float32. The next chunk is read while one is used.
         Rows outside of `split` are marked as massive ones are: present, and not to be used.
         """
         row_bytes = 4 * self.d_model(hookpoint)
@@ -335,22 +349,48 @@ class ActivationCache:
     def _chunks(
         self, hookpoint: str, rows: int, split: Split, device: torch.device, dtype: torch.dtype
     ) -> Iterator[Chunk]:
+        """Read on one thread, and decoded on the next."""
+        key = ((hookpoint,), split)
+        for piece, stored in read_ahead(self._read_pieces(hookpoint, rows)):
+            tokens, inside = self._shards.tokens(piece.shard), slice(piece.first, piece.last)
+            offsets = tokens["block_offsets"][piece.begin : piece.end + 1]
+            kept = self._selection.kept_between(piece.shard, piece.first, piece.last, key)
+            yield Chunk(
+                acts=stored.take(slice(None), device, dtype),
+                token_ids=tokens["token_ids"][inside].long(),
+                doc_ids=tokens["doc_ids"][inside],
+                positions=tokens["positions"][inside],
+                block_offsets=offsets - piece.first,
+                is_massive=~kept,
+                first_row=int(self._shards.first_rows[piece.shard]) + piece.first,
+            )
+
+    def _pieces(self, rows: int) -> Iterator[_Piece]:
+        """The cache in order, cut between packed blocks."""
         for shard in range(len(self._shards)):
-            tokens = self._shards.tokens(shard)
-            left_out = ~self._selection.kept(shard, (hookpoint,), split)
-            offsets = tokens["block_offsets"]
-            for begin, end in runs_of_blocks(offsets.numpy(), rows):
-                first, last = int(offsets[begin]), int(offsets[end])
-                stored = self._stored(shard, hookpoint, first, last)
-                yield Chunk(
-                    acts=stored.take(slice(None), device, dtype),
-                    token_ids=tokens["token_ids"][first:last].long(),
-                    doc_ids=tokens["doc_ids"][first:last],
-                    positions=tokens["positions"][first:last],
-                    block_offsets=offsets[begin : end + 1] - first,
-                    is_massive=left_out[first:last],
-                    first_row=int(self._shards.first_rows[shard]) + first,
-                )
+            offsets = self._shards.tokens(shard)["block_offsets"].numpy()
+            for begin, end in runs_of_blocks(offsets, rows):
+                yield _Piece(shard, begin, end, int(offsets[begin]), int(offsets[end]))
+
+    def _read_pieces(self, hookpoint: str, rows: int) -> Iterator[tuple[_Piece, StoredRows]]:
+        """Each piece as it is stored; the disk is told in good time of what comes."""
+        told = 0  # rows of the cache
+        n_ahead = _AHEAD_BYTES // self._shards.file(0, hookpoint).row_bytes
+        for piece in self._pieces(rows):
+            last = int(self._shards.first_rows[piece.shard]) + piece.last
+            if told < last + n_ahead // 2:
+                self._expect(hookpoint, max(told, last), last + n_ahead)
+                told = last + n_ahead
+            yield piece, self._stored(piece.shard, hookpoint, piece.first, piece.last)
+
+    def _expect(self, hookpoint: str, first: int, last: int) -> None:
+        """Rows first..last-1 of the cache are read soon."""
+        begins = self._shards.first_rows
+        shard = int(np.searchsorted(begins, first, side="right")) - 1
+        while shard < len(self._shards) and int(begins[shard]) < last:
+            begin = int(begins[shard])
+            self._shards.file(shard, hookpoint).expect(max(first - begin, 0), last - begin)
+            shard += 1
 
     def _stored(self, shard: int, hookpoint: str, first: int, last: int) -> StoredRows:
         """Rows first..last-1 of a shard."""

@@ -62,6 +62,12 @@ class RowSelection:
         bits = self.bits(shard, *key)[block * BLOCK_ROWS // 8 :][: BLOCK_ROWS // 8]
         return torch.from_numpy(np.unpackbits(bits, count=n).nonzero()[0])
 
+    def kept_between(self, shard: int, first: int, last: int, key: tuple[Places, Split]) -> Tensor:
+        """bool: which of a shard's rows first..last-1 are kept."""
+        begin = first // 8
+        bits = np.unpackbits(self.bits(shard, *key)[begin : -(-last // 8)])
+        return torch.from_numpy(bits[first - 8 * begin : last - 8 * begin].astype(bool))
+
     def n_massive(self, hookpoint: str, split: Split) -> int:
         """Rows of `split` that are left out for their norm."""
         limit, n = self.max_norm(hookpoint), 0

@@ -4,6 +4,7 @@
 large ones made whole or not at all, and byte ranges of large ones, which `tensor_file` verifies.
 """
 
+import itertools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -77,6 +78,10 @@ class Store(ABC):
     def forget(self, name: str) -> None:
         """Drop what of a file lies on this machine as a copy: it is read from where it is."""
         del name
+
+    def expect(self, wanted: list[ByteRange]) -> None:
+        """These ranges are read soon: a disk may begin to read them, without anyone waiting."""
+        del wanted
 
     @abstractmethod
     def written(self, name: str, *, reserve_bytes: int = 0) -> AbstractContextManager[DurableFile]:
@@ -161,6 +166,20 @@ class LocalStore(Store):
         with faults_told(path, reserve_bytes):
             path.parent.mkdir(exist_ok=True)
         return written(path, reserve_bytes=reserve_bytes)
+
+    def expect(self, wanted: list[ByteRange]) -> None:
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for name, ranges in itertools.groupby(wanted, key=lambda place: place.name):
+            try:
+                handle = os.open(self.folder / name, os.O_RDONLY)
+            except OSError:
+                continue  # told when it is read
+            try:
+                for _, begin, end in ranges:
+                    os.posix_fadvise(handle, begin, end - begin, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(handle)
 
     def remove(self, name: str) -> None:
         path = self.folder / name

@@ -194,6 +194,12 @@ class TensorFile:
         scales = loaded.row_scales
         return Block(loaded.rows[inside], None if scales is None else scales[inside])
 
+    def expect(self, first: int, last: int) -> None:
+        """Rows first..last-1 are read soon."""
+        begin = PREFIX_BYTES + first * self.row_bytes
+        end = PREFIX_BYTES + min(last, self.n_rows) * self.row_bytes
+        self._store.expect([ByteRange(self._name, begin, end)])
+
     def small(self) -> dict[str, Tensor]:
         """The small tensors, verified."""
         rest = self._read_rest().small

@@ -149,15 +149,16 @@ class WindowLoader:
         return self._coded(hookpoint, raw, scales, exact, places)
 
     def _fetch(self, hookpoint: str, places: list[tuple[int, int, int]]) -> None:
-        """Bring what is elsewhere to this machine, many blocks at once."""
-        wanted = [
-            (self._shards.shards[shard].store, place)
-            for shard, block, _ in places
-            if self._shards.shards[shard].store.is_remote
-            for place in self._shards.file(shard, hookpoint).block_ranges(block)
-        ]
-        for store in {id(store): store for store, _ in wanted}.values():
-            store.fetch([place for each, place in wanted if each is store])
+        """Have many blocks brought here at once, from a disk or from elsewhere."""
+        for store in dict.fromkeys(self._shards.shards[shard].store for shard, _, _ in places):
+            wanted = [
+                place
+                for shard, block, _ in places
+                if self._shards.shards[shard].store is store
+                for place in self._shards.file(shard, hookpoint).block_ranges(block)
+            ]
+            store.expect(wanted)
+            store.fetch(wanted)
 
     def _coded(
         self,
