@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from activation_cache import LanguageModel
+from activation_cache import ActivationStream, LanguageModel, harvest
 from interp import Add, stream_edit
 from sae import BatchTopKConfig, TensorSource, TopKConfig, TrainConfig, train
 from sae.config import SAEConfig
@@ -55,3 +55,42 @@ def test_capture_on_cuda_equals_capture_on_the_cpu(
         for device in ("cpu", "cuda")
     )
     torch.testing.assert_close(on_cuda, on_cpu, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("storage_dtype", ["float32", "bfloat16", "int8"])
+def test_batches_on_cuda_are_those_on_the_cpu(
+    tiny_lm: LanguageModel, tiny_corpus: list[str], tmp_path: Path, storage_dtype: str
+) -> None:
+    place = "layers.1.resid_post"
+    options: dict[str, Any] = {"hookpoints": [place], "ctx_len": 16, "storage_dtype": storage_dtype}
+    cache = harvest(tiny_lm, tiny_corpus, out=tmp_path / "acts", n_tokens=3_000, **options)
+    on_cpu = list(cache.batches(place, 256, epochs=2))
+    on_cuda = list(cache.batches(place, 256, epochs=2, device="cuda"))
+    assert [len(x) for x in on_cuda] == [len(x) for x in on_cpu]
+    for a, b in zip(on_cuda, on_cpu, strict=True):
+        assert a.is_cuda
+        torch.testing.assert_close(a.cpu(), b, atol=1e-5, rtol=1e-5)
+
+
+def test_cache_of_a_model_on_cuda_verifies_and_streams(
+    tiny_model: Callable[[str], Any], tiny_tokenizer: Any, tiny_corpus: list[str], tmp_path: Path
+) -> None:
+    """What is copied while the model runs on arrives whole, and in order."""
+    place = "layers.1.resid_post"
+    options: dict[str, Any] = {"hookpoints": [place], "ctx_len": 16, "storage_dtype": "float32"}
+    rows = []
+    for device in ("cpu", "cuda"):
+        lm = LanguageModel(tiny_model("llama").to(device), tiny_tokenizer, name="tiny")
+        cache = harvest(
+            lm, tiny_corpus, out=tmp_path / device, n_tokens=3_000, shard_bytes=20_000, **options
+        )
+        cache.verify()
+        rows.append(torch.cat([chunk.acts for chunk in cache.chunks(place)]))
+    torch.testing.assert_close(rows[1], rows[0], atol=1e-4, rtol=1e-4)
+    folder = tmp_path / "stream"
+    with ActivationStream.open(
+        lm, tiny_corpus, folder=folder, buffer_bytes=200_000, **options
+    ) as stream:
+        x = next(stream.batches(place, 64, device="cuda"))
+    assert x.is_cuda
+    assert x.shape == (64, 32)
