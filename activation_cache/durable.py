@@ -156,7 +156,7 @@ def faults_told(path: Path, needed: int) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise CacheError(f"can't write {path}: {error.strerror or error}") from error
-        stat = os.statvfs(path.parent)
+        stat = os.statvfs(next(folder for folder in path.absolute().parents if folder.exists()))
         free = stat.f_bavail * stat.f_frsize / 1e6
         raise DiskFull(
             f"disk full: no room for {path} ({needed / 1e6:,.1f} MB at once, {free:,.1f} MB free). "
