@@ -8,17 +8,16 @@ verified against its checksum as it is loaded. `windows` and `shuffle` mix them 
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .chunks import CachedDocument, Chunk, DocumentActs, TokenBlock, runs_of_blocks
+from .chunks import CachedDocument, Chunk, DocumentActs, TokenBlock
 from .errors import CacheError
+from .in_order import CHUNK_BYTES, InOrder
 from .loading import resolve_device
 from .manifest import MANIFEST, MANIFEST_COPY, Manifest
-from .packing import BOS_POSITION
 from .parts import Part, is_complete, joint_hash, read_parts
 from .quantization import added_fvu
 from .read_ahead import one_ahead_on_gpu, read_ahead
@@ -27,23 +26,7 @@ from .shard_reader import ShardReader
 from .shards import verify_shard
 from .shuffle import Epoch, shuffled_batches
 from .store import LocalStore, Store, open_store
-from .stored_rows import Exact, StoredRows
 from .windows import Wanted, WindowLoader
-
-_CHUNK_BYTES = 16_000_000
-"""Of float32. Larger ones come from the system and go back to it each time, page by page."""
-_AHEAD_BYTES = 64_000_000
-"""What a disk is told to begin with before it is read."""
-
-
-class _Piece(NamedTuple):
-    """Packed blocks begin..end-1 of a shard, which are its rows first..last-1."""
-
-    shard: int
-    begin: int
-    end: int
-    first: int
-    last: int
 
 
 class ActivationCache:
@@ -76,6 +59,7 @@ class ActivationCache:
             heldout_fraction=heldout_fraction,
             keep_first_position=self.manifest.fingerprint.keep_first_position,
         )
+        self._in_order = InOrder(self._shards, self._selection)
 
     @classmethod
     def open(
@@ -343,66 +327,10 @@ class ActivationCache:
         Rows outside of `split` are marked as massive ones are: present, and not to be used.
         """
         row_bytes = 4 * self.d_model(hookpoint)
-        rows = rows or max(_CHUNK_BYTES // row_bytes, 1)
-        return read_ahead(self._chunks(hookpoint, rows, split, resolve_device(str(device)), dtype))
-
-    def _chunks(
-        self, hookpoint: str, rows: int, split: Split, device: torch.device, dtype: torch.dtype
-    ) -> Iterator[Chunk]:
-        """Read on one thread, and decoded on the next."""
-        key = ((hookpoint,), split)
-        for piece, stored in read_ahead(self._read_pieces(hookpoint, rows)):
-            tokens, inside = self._shards.tokens(piece.shard), slice(piece.first, piece.last)
-            offsets = tokens["block_offsets"][piece.begin : piece.end + 1]
-            kept = self._selection.kept_between(piece.shard, piece.first, piece.last, key)
-            yield Chunk(
-                acts=stored.take(slice(None), device, dtype),
-                token_ids=tokens["token_ids"][inside].long(),
-                doc_ids=tokens["doc_ids"][inside],
-                positions=tokens["positions"][inside],
-                block_offsets=offsets - piece.first,
-                is_massive=~kept,
-                first_row=int(self._shards.first_rows[piece.shard]) + piece.first,
-            )
-
-    def _pieces(self, rows: int) -> Iterator[_Piece]:
-        """The cache in order, cut between packed blocks."""
-        for shard in range(len(self._shards)):
-            offsets = self._shards.tokens(shard)["block_offsets"].numpy()
-            for begin, end in runs_of_blocks(offsets, rows):
-                yield _Piece(shard, begin, end, int(offsets[begin]), int(offsets[end]))
-
-    def _read_pieces(self, hookpoint: str, rows: int) -> Iterator[tuple[_Piece, StoredRows]]:
-        """Each piece as it is stored; the disk is told in good time of what comes."""
-        told = 0  # rows of the cache
-        n_ahead = _AHEAD_BYTES // self._shards.file(0, hookpoint).row_bytes
-        for piece in self._pieces(rows):
-            last = int(self._shards.first_rows[piece.shard]) + piece.last
-            if told < last + n_ahead // 2:
-                self._expect(hookpoint, max(told, last), last + n_ahead)
-                told = last + n_ahead
-            yield piece, self._stored(piece.shard, hookpoint, piece.first, piece.last)
-
-    def _expect(self, hookpoint: str, first: int, last: int) -> None:
-        """Rows first..last-1 of the cache are read soon."""
-        begins = self._shards.first_rows
-        shard = int(np.searchsorted(begins, first, side="right")) - 1
-        while shard < len(self._shards) and int(begins[shard]) < last:
-            begin = int(begins[shard])
-            self._shards.file(shard, hookpoint).expect(max(first - begin, 0), last - begin)
-            shard += 1
-
-    def _stored(self, shard: int, hookpoint: str, first: int, last: int) -> StoredRows:
-        """Rows first..last-1 of a shard."""
-        raw, scales = self._shards.file(shard, hookpoint).rows(first, last)
-        if scales is None:
-            return StoredRows(raw)
-        name = self._shards.shards[shard].record.calibrations[hookpoint]
-        small = self._shards.small(shard, hookpoint)
-        inside = (small["exact_at"] >= first) & (small["exact_at"] < last)
-        exact = Exact(small["exact_at"][inside] - first, small["exact_acts"][inside])
-        calibration = self._shards.calibration(hookpoint, name)
-        return StoredRows(raw, scales, [calibration], exact=exact)
+        rows = rows or max(CHUNK_BYTES // row_bytes, 1)
+        return read_ahead(
+            self._in_order.chunks(hookpoint, rows, split, resolve_device(str(device)), dtype)
+        )
 
     def document_acts(self, hookpoint: str, *, split: Split = "all") -> Iterator[DocumentActs]:
         """Document after document with its activations in the order of the text.
@@ -421,36 +349,11 @@ class ActivationCache:
 
     def token_blocks(self, *, split: Split = "heldout") -> Iterator[TokenBlock]:
         """The packed blocks that hold at least one token of `split`, in order."""
-        for shard in range(len(self._shards)):
-            tokens = self._shards.tokens(shard)
-            in_split = self._selection.in_split(shard, split) & (
-                tokens["positions"] != BOS_POSITION
-            )
-            offsets = tokens["block_offsets"].tolist()
-            for first, last in itertools.pairwise(offsets):
-                if bool(in_split[first:last].any()):
-                    yield TokenBlock(
-                        tokens["token_ids"][first:last].long(),
-                        in_split[first:last],
-                        int(self._shards.first_rows[shard]) + first,
-                    )
+        return self._in_order.token_blocks(split)
 
     def documents(self) -> Iterator[CachedDocument]:
         """The documents in order, each as far as it is cached, BOS rows left out."""
-        doc_id, ids, sources = -1, list[int](), self._shards.sources
-        for shard in range(len(self._shards)):
-            tokens = self._shards.tokens(shard)
-            is_text = tokens["positions"] != BOS_POSITION
-            docs, token_ids = tokens["doc_ids"][is_text], tokens["token_ids"][is_text]
-            borders = [0, *((docs[1:] != docs[:-1]).nonzero()[:, 0] + 1).tolist(), len(docs)]
-            for first, last in itertools.pairwise(borders):
-                if int(docs[first]) != doc_id:
-                    if ids:
-                        yield CachedDocument(doc_id, sources[doc_id], ids)
-                    doc_id, ids = int(docs[first]), []
-                ids = ids + token_ids[first:last].tolist()
-        if ids:
-            yield CachedDocument(doc_id, sources[doc_id], ids)
+        return self._in_order.documents()
 
 
 def text_provenance(parts: list[Part]) -> dict[str, Any]:

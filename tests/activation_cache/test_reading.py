@@ -272,14 +272,14 @@ def test_documents_with_their_acts_are_the_chunks_regrouped(
         assert document.source == cached.source
 
 
-def test_chunks_without_a_size_take_64_megabytes(
+def test_chunks_without_a_size_take_16_megabytes(
     acts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = ActivationCache.open(acts)
     sizes = [len(chunk.acts) for chunk in cache.chunks(PLACES[0])]
     shards = [record.n_rows for part in cache.parts for record in part.records]
     assert sizes == shards  # a chunk ends where its shard does
-    monkeypatch.setattr("activation_cache.cache._CHUNK_BYTES", 4 * 32 * 500)
+    monkeypatch.setattr("activation_cache.cache.CHUNK_BYTES", 4 * 32 * 500)
     chunks = list(cache.chunks(PLACES[0]))
     assert [c.first_row for c in chunks] == [0, *itertools.accumulate(len(c.acts) for c in chunks)][
         :-1
