@@ -18,7 +18,7 @@ from .errors import CacheError
 from .in_order import CHUNK_BYTES, InOrder
 from .loading import resolve_device
 from .manifest import MANIFEST, MANIFEST_COPY, Manifest
-from .parts import Part, is_complete, joint_hash, read_parts
+from .parts import Part, is_complete, joint_hash, read_parts, text_provenance
 from .quantization import added_fvu
 from .read_ahead import one_ahead_on_gpu, read_ahead
 from .row_selection import RowSelection, Split
@@ -162,7 +162,7 @@ class ActivationCache:
         """What rows at `hookpoint` were made from, for the config of what is made from them."""
         self.d_model(hookpoint)
         return {
-            **text_provenance(self.parts),
+            **text_provenance([part.manifest.fingerprint for part in self.parts]),
             "hookpoint": hookpoint,
             "cache_fingerprint": self.fingerprint_hash,
             "n_tokens_cached": self.n_tokens,
@@ -354,18 +354,3 @@ class ActivationCache:
     def documents(self) -> Iterator[CachedDocument]:
         """The documents in order, each as far as it is cached, BOS rows left out."""
         return self._in_order.documents()
-
-
-def text_provenance(parts: list[Part]) -> dict[str, Any]:
-    """Model and text that parts of a cache were made from."""
-    fingerprint = parts[0].manifest.fingerprint
-    texts = [part.manifest.fingerprint for part in parts]
-    return {
-        "model": fingerprint.model,
-        "model_revision": fingerprint.model_revision,
-        "model_dtype": fingerprint.model_dtype,
-        "tokenizer": fingerprint.tokenizer,
-        "data": " + ".join(dict.fromkeys(text.data for text in texts)),
-        "data_revision": " + ".join(dict.fromkeys(text.data_revision for text in texts)),
-        "ctx_len": fingerprint.ctx_len,
-    }

@@ -9,6 +9,7 @@ goes on after the last committed shard and ends with the same bytes as if it had
 
 import datetime
 import importlib.metadata
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .cache import ActivationCache
-from .documents import open_corpus
+from .documents import Corpus, open_corpus
 from .durable import LOCK, PARTIAL_SUFFIX
 from .errors import CacheError, CacheMismatch, DiskFull
 from .fingerprinting import (
@@ -81,19 +82,14 @@ def harvest(
         else; CacheBusy; DiskFull (what was committed stays).
     """
     config = HarvestConfig.of(config, options)
-    hookpoints = _named(hookpoints)
+    hookpoints = named_hookpoints(hookpoints)
     if not 0 <= rank < world_size:
         raise CacheError(f"rank={rank} of world_size={world_size}: expected 0 <= rank < world_size")
     root = open_store(out)
     require_ours(root)
     if repair:
         restore_manifests([root, *(root.child(f"{PARTS}/{name}") for name in root.names(PARTS))])
-    corpus = open_corpus(
-        data,
-        text_column=config.text_column,
-        only=config.only or None,
-        drop_duplicates=config.drop_duplicates,
-    )
+    corpus = corpus_of(data, config)
     target = choose_target(root, corpus, config, extend=extend, rank=rank, world_size=world_size)
     if target.manifest is not None:
         made = target.manifest.fingerprint
@@ -165,7 +161,7 @@ class _Work:
             manifest.write(self.store)
             sweep(self.store, {record.shard: record for record in records})
             if first:
-                self._write(manifest, records, _chained(first, blocks), start)
+                self._write(manifest, records, itertools.chain([first], blocks), start)
             self._complete(manifest, records)
 
     def _write(
@@ -258,16 +254,22 @@ def planned_shards(
         shard, n_done = shard + 1, n_done + n_rows
 
 
-def _named(hookpoints: str | Sequence[str]) -> list[str]:
+def corpus_of(data: Any, config: HarvestConfig) -> Corpus:
+    """The text, read as the settings say. Raises: CorpusError."""
+    return open_corpus(
+        data,
+        text_column=config.text_column,
+        only=config.only or None,
+        drop_duplicates=config.drop_duplicates,
+    )
+
+
+def named_hookpoints(hookpoints: str | Sequence[str]) -> list[str]:
+    """One or several hookpoints as a list. Raises: CacheError if there is none."""
     names = [hookpoints] if isinstance(hookpoints, str) else list(hookpoints)
     if not names:
         raise CacheError("no hookpoint given: name at least one, such as layers.6.resid_post")
     return names
-
-
-def _chained(first: PackedBlock, blocks: Iterator[PackedBlock]) -> Iterator[PackedBlock]:
-    yield first
-    yield from blocks
 
 
 def _require_space(store: Store, fingerprint: Fingerprint, n_rows: int) -> None:

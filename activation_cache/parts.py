@@ -5,12 +5,20 @@ added later, and the ranks of a harvest that ran on several machines, are folder
 parts of a cache share model, hookpoints and settings; they differ in which documents they hold.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import xxhash
 
 from .errors import CacheCorrupt, CacheError
-from .manifest import MANIFEST, MANIFEST_COPY, Manifest, ShardRecord, read_records, record_names
+from .manifest import (
+    MANIFEST,
+    MANIFEST_COPY,
+    Fingerprint,
+    Manifest,
+    ShardRecord,
+    read_records,
+    record_names,
+)
 from .store import Store
 
 PARTS = "parts"
@@ -87,3 +95,17 @@ def joint_hash(parts: list[Part]) -> str:
     """A short name for all that a cache was made from."""
     hashes = [part.manifest.fingerprint.hash for part in parts]
     return hashes[0] if len(hashes) == 1 else xxhash.xxh3_128_hexdigest("".join(hashes).encode())
+
+
+def text_provenance(texts: list[Fingerprint]) -> dict[str, Any]:
+    """Model and texts that rows were made from, for the config of what is made from them."""
+    fingerprint = texts[0]
+    return {
+        "model": fingerprint.model,
+        "model_revision": fingerprint.model_revision,
+        "model_dtype": fingerprint.model_dtype,
+        "tokenizer": fingerprint.tokenizer,
+        "data": " + ".join(dict.fromkeys(text.data for text in texts)),
+        "data_revision": " + ".join(dict.fromkeys(text.data_revision for text in texts)),
+        "ctx_len": fingerprint.ctx_len,
+    }

@@ -20,16 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .documents import open_corpus
 from .durable import LOCK
 from .errors import CacheError, CacheMismatch
 from .fingerprinting import bytes_per_token, fingerprint_of
-from .harvest import shard_rows
+from .harvest import corpus_of, named_hookpoints, shard_rows
 from .harvest_config import HarvestConfig
 from .language_model import LanguageModel
 from .loading import resolve_device
 from .manifest import SHARDS, Fingerprint, read_record, sweep, write_record
 from .memory_store import MemoryStore
+from .parts import text_provenance
 from .pool_producer import PoolProducer, selection_of, shard_bytes_of
 from .pools import POOLS, STREAM, Journal, PoolRecord, StreamPlan, joint
 from .production import Producer
@@ -91,14 +91,9 @@ class ActivationStream:
         Raises: CacheError (a budget smaller than two shards), and what `harvest` raises.
         """
         config = HarvestConfig.of(config, options)
-        names = [hookpoints] if isinstance(hookpoints, str) else list(hookpoints)
+        names = named_hookpoints(hookpoints)
         _require_budget(max_disk_bytes, config)
-        corpus = open_corpus(
-            data,
-            text_column=config.text_column,
-            only=config.only or None,
-            drop_duplicates=config.drop_duplicates,
-        )
+        corpus = corpus_of(data, config)
         store = LocalStore(Path(folder))
         lm = lm if isinstance(lm, LanguageModel) else lm()
         fingerprint = fingerprint_of(lm, corpus, names, config)
@@ -160,13 +155,7 @@ class ActivationStream:
         self.d_model(hookpoint)
         f = self._plan.fingerprint
         return {
-            "model": f.model,
-            "model_revision": f.model_revision,
-            "model_dtype": f.model_dtype,
-            "tokenizer": f.tokenizer,
-            "data": f.data,
-            "data_revision": f.data_revision,
-            "ctx_len": f.ctx_len,
+            **text_provenance([f]),
             "hookpoint": hookpoint,
             "cache_fingerprint": f.hash,
             "rows_per_pool": self._plan.shard_rows * self._plan.shards_per_pool,

@@ -6,7 +6,7 @@ from .documents import Corpus
 from .errors import CacheMismatch
 from .fingerprinting import require_same_text
 from .harvest_config import HarvestConfig
-from .manifest import MANIFEST, Fingerprint, Manifest, read_records, record_names
+from .manifest import Fingerprint, Manifest, read_records, record_names
 from .parts import PARTS, Part, is_complete, part_name, part_stores
 from .store import Store
 
@@ -51,7 +51,8 @@ def choose_target(
         _require_finished(root, earlier)
     is_newest = all(_text_number(root, each) <= number for each, _ in begun)
     has_shards = bool(record_names(store))  # without one there is nothing to fit to
-    manifest = Manifest.read(store) if has_shards and store.has(MANIFEST) else None
+    own = next((made for each, made in begun if each.root == store.root), None)
+    manifest = own if has_shards else None
     n_tokens = manifest.n_tokens_wanted * world_size if manifest else config.n_tokens
     is_longer = config.n_tokens > n_tokens and not (manifest and manifest.is_exhausted)
     if is_longer and not is_newest:
