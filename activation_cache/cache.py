@@ -294,20 +294,20 @@ class ActivationCache:
         )
         return one_ahead_on_gpu(batches, to) if to.type == "cuda" else batches
 
-    def sample(
-        self, hookpoint: str, batch_size: int, *, seed: int = 0, near_row: int = 0
-    ) -> Iterator[Tensor]:
-        """Train rows to measure on: one epoch of `batches`. near_row: for streams, which keep no
-        more than what lies near it."""
+    def aligned_sample(
+        self, hookpoints: Sequence[str], batch_size: int, *, seed: int = 0, near_row: int = 0
+    ) -> Iterator[dict[str, Tensor]]:
+        """Train rows to measure on: one epoch of `aligned_batches`. near_row: for streams, which
+        keep no more than what lies near it."""
         del near_row
-        return self.batches(hookpoint, batch_size, seed=seed)
+        return self.aligned_batches(hookpoints, batch_size, seed=seed)
 
-    def wants_checkpoint(self, n_rows_read: int, hookpoint: str) -> bool:
+    def wants_checkpoint(self, n_rows_read: int, hookpoints: Sequence[str]) -> bool:
         """False: nothing is dropped as it is read."""
-        del n_rows_read, hookpoint
+        del n_rows_read, hookpoints
         return False
 
-    def release(self, n_rows_read: int, hookpoint: str) -> None:
+    def release(self, n_rows_read: int, hookpoints: Sequence[str]) -> None:
         """Nothing: all rows stay."""
 
     # -- in order --------------------------------------------------------------------------------

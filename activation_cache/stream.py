@@ -228,26 +228,28 @@ class ActivationStream:
         batches = one_ahead_on_gpu(batches, to) if to.type == "cuda" else batches
         return self._until_closed(batches, is_over)
 
-    def sample(
-        self, hookpoint: str, batch_size: int, *, seed: int = 0, near_row: int = 0
-    ) -> Iterator[Tensor]:
+    def aligned_sample(
+        self, hookpoints: Sequence[str], batch_size: int, *, seed: int = 0, near_row: int = 0
+    ) -> Iterator[dict[str, Tensor]]:
         """Rows to measure on, in batches: those of the pool that holds row `near_row` of the
         stream, in its shuffled order."""
-        wanted = Wanted(self._key([hookpoint]), "train", torch.device("cpu"), torch.float32)
-        pool = self._journal.pool_of(near_row, hookpoint)
+        wanted = Wanted(self._key(hookpoints), "train", torch.device("cpu"), torch.float32)
+        pool = self._journal.pool_of(near_row, joint(self._key(hookpoints)))
         epoch = self._epoch(pool, wanted)
-        return (b[hookpoint] for b in shuffled_batches(iter([epoch]), batch_size, seed=seed))
+        return shuffled_batches(iter([epoch]), batch_size, seed=seed)
 
-    def wants_checkpoint(self, n_rows_read: int, hookpoint: str) -> bool:
+    def wants_checkpoint(self, n_rows_read: int, hookpoints: Sequence[str]) -> bool:
         """Whether room would come free by a checkpoint after so many rows."""
         if self._is_in_memory or n_rows_read == 0:
             return False
-        return self._pools.holds_before(self._journal.pool_of(n_rows_read - 1, hookpoint))
+        pool = self._journal.pool_of(n_rows_read - 1, joint(self._key(hookpoints)))
+        return self._pools.holds_before(pool)
 
-    def release(self, n_rows_read: int, hookpoint: str) -> None:
+    def release(self, n_rows_read: int, hookpoints: Sequence[str]) -> None:
         """A durable checkpoint stands after so many rows: what lies before is not needed again."""
         if n_rows_read:
-            self._pools.release(self._journal.pool_of(n_rows_read - 1, hookpoint))
+            pool = self._journal.pool_of(n_rows_read - 1, joint(self._key(hookpoints)))
+            self._pools.release(pool)
 
     # -- inside ----------------------------------------------------------------------------------
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from sae.architectures import architecture_of
 from sae.codes import Codes
 from sae.config import Config, SAEConfig
-from sae.embedding_bags import sum_by_row
 from sae.errors import SourceError
 from sae.gradients import Weights
-from sae.selection import PreActs
+from sae.kernels import Kernels, PreActs
+from sae.kernels.embedding_bags import sum_by_row
+from sae.wiring import Wiring, wiring_of
 
 
 class Origin(Config):
@@ -24,6 +25,10 @@ class Origin(Config):
 
     hookpoint: str | None = Field(
         default=None, description="Place in the model that it was trained at."
+    )
+    wiring: Wiring | None = Field(
+        default=None,
+        description="What it reads and reconstructs. None: hookpoint, as a plain SAE does.",
     )
     max_norm: float = Field(
         default=math.inf, gt=0, description="Rows of a larger L2 norm were never trained on."
@@ -52,6 +57,10 @@ class SAE(nn.Module):
     largest act over a sample of training rows, the unit of steering. density: [d_sae], fraction
     of those rows in which it is active. All float32.
 
+    A transcoder reads one place and reconstructs another (origin.wiring): x is d_in wide, x_hat
+    d_out, pre_acts = x @ W_enc + b_enc, and W_skip [d_in, d_out], if there is one, adds x @ W_skip.
+    A crosscoder's x and x_hat are several places side by side.
+
     The parameters don't require gradients: training computes its own. With requires_grad_(), or
     on an x that requires them, encode, decode and forward are differentiable.
     """
@@ -60,19 +69,31 @@ class SAE(nn.Module):
     max_act: Tensor
     density: Tensor
 
-    def __init__(self, config: SAEConfig, d_model: int, origin: Origin | None = None) -> None:
+    def __init__(
+        self,
+        config: SAEConfig,
+        d_model: int,
+        origin: Origin | None = None,
+        *,
+        d_out: int | None = None,
+    ) -> None:
+        """d_model: width of what is read. d_out: of what is reconstructed; None if it is that."""
         super().__init__()
         self.config = config
         self.d_model = d_model
+        self.d_out = d_out or d_model
         self.origin = origin or Origin()
+        self.kernels = Kernels()
         self._architecture = architecture_of(config)
-        shape = (config.d_sae, d_model)
         # Feature by feature in memory, as the sums over codes want it: W_enc is a view.
-        self.W_enc_rows = nn.Parameter(torch.zeros(shape), requires_grad=False)
-        self.W_dec = nn.Parameter(torch.zeros(shape), requires_grad=False)
-        self.b_enc = nn.Parameter(torch.zeros(config.d_sae), requires_grad=False)
-        self.b_dec = nn.Parameter(torch.zeros(d_model), requires_grad=False)
-        self.register_buffer("threshold", torch.zeros(()))
+        self.W_enc_rows = _parameter(config.d_sae, d_model)
+        self.W_dec = _parameter(config.d_sae, self.d_out)
+        self.b_enc = _parameter(config.d_sae)
+        self.b_dec = _parameter(self.d_out)
+        has_skip = self.wiring is not None and self.wiring.skip
+        self.W_skip = _parameter(d_model, self.d_out) if has_skip else None
+        shape = self._architecture.threshold_shape(config)
+        self.register_buffer("threshold", torch.zeros(shape))
         self.register_buffer("max_act", torch.zeros(config.d_sae))
         self.register_buffer("density", torch.zeros(config.d_sae))
 
@@ -94,12 +115,29 @@ class SAE(nn.Module):
     @property
     def expected_l0(self) -> float | None:
         """The L0 that training aimed at (k); None if the architecture doesn't fix it."""
-        return self._architecture.expected_l0(self.config)
+        return self.config.expected_l0
 
     @property
     def hookpoint(self) -> str | None:
-        """Place in the model that it was trained at."""
+        """Place in the model that it was trained at; None of a crosscoder, which has several."""
         return self.origin.hookpoint
+
+    @property
+    def wiring(self) -> Wiring | None:
+        """What it reads and reconstructs; None if that isn't recorded."""
+        if self.origin.wiring is not None or self.hookpoint is None:
+            return self.origin.wiring
+        return wiring_of(self.hookpoint)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether it reconstructs what it reads."""
+        return self.wiring is None or self.wiring.is_tied
+
+    @property
+    def has_one_output(self) -> bool:
+        """Whether it reconstructs one place, and not several as a crosscoder does."""
+        return self.wiring is None or len(self.wiring.writes) == 1
 
     @property
     def max_norm(self) -> float:
@@ -119,28 +157,38 @@ class SAE(nn.Module):
         """
         acts = self.encode_sparse(x).to_dense(self.d_sae).view(*x.shape[:-1], self.d_sae)
         if torch.is_grad_enabled() and (x.requires_grad or self.W_enc_rows.requires_grad):
-            pre_acts = (x.to(self.b_dec.dtype) - self.b_dec) @ self.W_enc + self.b_enc
+            pre_acts = self._centred(x) @ self.W_enc + self.b_enc
             return pre_acts * (acts > 0)  # [..., d_sae]
         return acts
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor) -> Codes:
         """Active features of x [..., d_model], whose leading axes become one of rows."""
-        return self._architecture.select(self.pre_acts(x), self.config, self.threshold)
+        pre_acts = self.pre_acts(x)
+        return self._architecture.select(pre_acts, self.config, self.threshold, self.kernels)
 
     def decode(self, acts: Tensor) -> Tensor:
-        """Reconstruction from dense acts: [..., d_sae] -> [..., d_model]."""
+        """Reconstruction from dense acts: [..., d_sae] -> [..., d_out], without W_skip's part."""
         return acts @ self.W_dec + self.b_dec
 
     def decode_sparse(self, codes: Codes) -> Tensor:
-        """Reconstruction from codes: [batch, d_model]. Differentiable in codes.acts."""
+        """Reconstruction from codes: [batch, d_out], without W_skip's part.
+
+        Differentiable in codes.acts.
+        """
         return sum_by_row(codes, self.W_dec) + self.b_dec
 
+    def skip(self, x: Tensor) -> Tensor | float:
+        """What W_skip adds to the reconstruction of x [..., d_model]: [..., d_out]; 0 if there is
+        none."""
+        return 0.0 if self.W_skip is None else x.to(self.b_dec.dtype) @ self.W_skip
+
     def forward(self, x: Tensor) -> Tensor:
-        """Reconstruction x_hat of x: [..., d_model] -> [..., d_model] float32."""
+        """Reconstruction x_hat of x: [..., d_model] -> [..., d_out] float32."""
         if torch.is_grad_enabled() and (x.requires_grad or self.W_enc_rows.requires_grad):
-            return self.decode(self.encode(x))
-        return self.decode_sparse(self.encode_sparse(x)).view(x.shape)
+            return self.decode(self.encode(x)) + self.skip(x)
+        decoded = self.decode_sparse(self.encode_sparse(x))
+        return decoded.view(*x.shape[:-1], self.d_out) + self.skip(x)
 
     def in_domain(self, x: Tensor) -> Tensor:
         """Whether rows are of a norm that was trained on: [..., d_model] -> [...] bool.
@@ -157,8 +205,7 @@ class SAE(nn.Module):
                 f"x is {x.shape[-1]} wide; this SAE expects d_model={self.d_model} "
                 f"({self.hookpoint or 'no hookpoint recorded'}). Pass the activations it is for"
             )
-        rows = x.reshape(-1, self.d_model).to(self.b_dec.dtype)
-        return PreActs(rows - self.b_dec, self.W_enc_rows, self.b_enc)
+        return PreActs(self._centred(x.reshape(-1, self.d_model)), self.W_enc_rows, self.b_enc)
 
     def save(self, path: str | Path) -> Path:
         """Write config.json and sae.safetensors into the folder path, each atomically."""
@@ -175,3 +222,11 @@ class SAE(nn.Module):
         from sae.storage import load_sae
 
         return load_sae(Path(path)).to(device)
+
+    def _centred(self, x: Tensor) -> Tensor:
+        rows = x.to(self.b_dec.dtype)
+        return rows - self.b_dec if self.is_tied else rows
+
+
+def _parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape), requires_grad=False)

@@ -16,7 +16,7 @@ from torch import Tensor
 class Codes(NamedTuple):
     """Active features of a batch of rows, row after row, ascending feature_id within a row.
 
-    acts: [nnz] floating, all > 0.
+    acts: [nnz] floating, all > 0 unless said.
     feature_ids: [nnz] int64.
     offsets: [batch + 1] int64; row b holds entries offsets[b] to offsets[b + 1].
     """
@@ -43,6 +43,11 @@ class Codes(NamedTuple):
         """Row of each entry: [nnz] int64."""
         ids = torch.arange(self.n_rows, device=self.offsets.device)
         return ids.repeat_interleave(self.n_active(), output_size=self.nnz)
+
+    def where(self, is_kept: Tensor) -> Codes:
+        """The entries for which is_kept [nnz] bool holds; the same rows."""
+        kept = offsets_of_counts(is_kept)[self.offsets]
+        return Codes(self.acts[is_kept], self.feature_ids[is_kept], kept)
 
     def to_dense(self, d_sae: int) -> Tensor:
         """The same acts with every zero written out: [batch, d_sae]."""
@@ -75,8 +80,8 @@ class Codes(NamedTuple):
 
 
 def offsets_of_counts(counts: Tensor) -> Tensor:
-    """Where each bag starts, and the end: counts [n_bags] int64 -> [n_bags + 1] int64."""
-    offsets = counts.new_zeros(counts.numel() + 1)
+    """Where each bag starts, and the end: counts [n_bags] -> [n_bags + 1] int64."""
+    offsets = counts.new_zeros(counts.numel() + 1, dtype=torch.int64)
     torch.cumsum(counts, 0, out=offsets[1:])
     return offsets
 

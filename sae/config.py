@@ -33,6 +33,11 @@ class SAEConfig(Config):
 
     d_sae: int = Field(gt=0, description="Number of features.")
 
+    @property
+    def expected_l0(self) -> float | None:
+        """The L0 that training aims at; None if it isn't fixed beforehand."""
+        return None
+
 
 class TrainConfig(Config):
     """How an SAE is trained. None means: resolved at the start, and saved resolved."""
@@ -103,12 +108,36 @@ class TrainConfig(Config):
     checkpoint_every_steps: int = Field(default=500, gt=0, description="Steps between checkpoints.")
     keep_checkpoints: int = Field(default=2, gt=0, description="Newest checkpoints that are kept.")
     log_every_steps: int = Field(default=10, gt=0, description="Steps between lines of metrics.")
-    nominate_in: Literal["float32", "bfloat16"] = Field(
-        default="float32",
-        description="Precision that candidates for active features are found in. bfloat16 is "
-        "faster on CPUs that compute in it; the choice is made from float32 scores. CPU only.",
+    center: bool = Field(
+        default=False,
+        description="Take the rows' mean away before they are scaled: helps where a few channels "
+        "are far off zero.",
+    )
+    aligned: bool = Field(
+        default=False,
+        description="Hold each feature's encoder and decoder at inner product 1: fewer dead "
+        "features, more alike over seeds (arXiv 2605.18629).",
+    )
+    orthogonality_coefficient: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of OrtSAE's penalty on decoder rows' largest squared cosines.",
+    )
+    freeze_decoder: bool = Field(
+        default=False, description="Leave W_dec at its random start: a baseline."
+    )
+    kernels: Literal["auto", "torch"] = Field(
+        default="auto", description="Tier of kernels. auto: the fastest that works here."
+    )
+    nominate_in: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="Precision that candidates for active features are found in; the choice is "
+        "made from float32 scores. auto: the fastest here.",
     )
     seed: int = Field(default=0, ge=0, description="Seed of the start and of the order of rows.")
+    data_seed: int | None = Field(
+        default=None, ge=0, description="Seed of the order of rows, if another than seed."
+    )
     device: str | None = Field(
         default=None, description="Torch device. None: cuda if there, else cpu."
     )

@@ -10,7 +10,9 @@ SAEError
 ├── CheckpointError          no checkpoint of a run can be used
 │   └── ResumeMismatchError  the run in the folder was started with other settings
 └── TrainingError            training can't go on
+    ├── RunInUseError        another process trains in the folder
     ├── NonFiniteError       too many batches in a row held NaN or Inf
+    ├── DivergedError        the loss has grown beyond hope
     └── TrainingStoppedError the caller asked to stop; a checkpoint was left
 
 Each message is one line: what is wrong, the value, what was expected, the way out.
@@ -57,8 +59,16 @@ class TrainingError(SAEError):
     """Training can't go on."""
 
 
+class RunInUseError(TrainingError):
+    """Another process is training in the folder."""
+
+
 class NonFiniteError(TrainingError):
     """Too many batches in a row held NaN or Inf."""
+
+
+class DivergedError(TrainingError):
+    """The loss has grown to many times what it was at the start."""
 
 
 class TrainingStoppedError(TrainingError):

@@ -13,10 +13,11 @@ from sae.autoencoder import SAE
 from sae.baselines import PCA, fit_pca, untrained_twin
 from sae.config import EvalConfig
 from sae.errors import SourceError
-from sae.initialisation import sample_rows
+from sae.reading import sample_rows
 from sae.report import Baseline, CrossEntropy, Reconstruction, Report
 from sae.sources import EvaluationSource, SplicedModel
 from sae.splicing import Replacement, SplicedLosses, spliced_losses
+from sae.wiring import wiring_of
 
 DEFAULTS = EvalConfig()
 # Nats a token that ablation must cost, or no fraction of that is worth telling.
@@ -55,7 +56,7 @@ def evaluate(
     Raises: SourceError if the source doesn't fit the SAE, or has no held-out rows.
     """
     hookpoint = _fitting_hookpoint(sae, source, hookpoint)
-    fitted_on = sample_rows(source, hookpoint, config.baseline_rows, seed=config.seed)
+    fitted_on = sample_rows(source, wiring_of(hookpoint), config.baseline_rows, seed=config.seed).x
     fitted_on = fitted_on.to(sae.b_dec.device)
     rows = _Rows(sae, source, hookpoint, config)
     own = _measure(_sae_reconstructs(sae), rows)

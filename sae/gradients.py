@@ -1,16 +1,20 @@
-"""Codes -> loss and the gradients of all four weights, without autograd or a dense gradient.
+"""Codes -> loss and the gradients of all weights, without autograd or a dense gradient.
 
-The loss of a batch x [batch, d_model] with variance V (the data's mean squared deviation from
-its mean, estimated once, a constant):
+The loss of a batch of targets y [batch, d_out] with variance V (the data's mean squared deviation
+from its mean, estimated once, a constant):
 
-    e        = x - x_hat,  x_hat = acts @ W_dec + b_dec
+    e        = y - y_hat,  y_hat = acts @ W_dec + b_dec (+ x @ W_skip)
     loss     = |e|^2 / (batch V)
+    penalty  = what the architecture adds, over (batch V) too
     aux_loss = coefficient * min(1, n_dead / k_aux) * |e - e_hat|^2 / (batch V)
 
 so the first term is about the batch's FVU, whatever the model. e_hat reconstructs e, taken as a
 constant, from the dead features alone: the k_aux largest of them in each row (AuxK).
 Source: Gao et al. 2024, arXiv 2406.04093, section 2.4 and appendix A.2; the scale for few dead
 features is that of EleutherAI/sparsify.
+
+A nested loss (Matryoshka) is the mean of several: codes fall into levels, and y_hat_m is what
+those of levels 0 to m add up to.
 """
 
 from __future__ import annotations
@@ -21,20 +25,14 @@ import torch
 from torch import Tensor
 
 from sae.codes import Codes
-from sae.embedding_bags import (
-    dot_by_entry,
-    sort_by_feature,
-    sum_by_feature,
-    sum_by_row,
-    weights_by_feature,
-)
-from sae.selection import TILE_ROWS
+from sae.kernels import Kernels
+from sae.kernels.selection import TILE_ROWS
 
 
 class Weights(NamedTuple):
-    """The four weights, or their gradients, both matrices feature by feature.
+    """The weights of every SAE, or their gradients, both matrices feature by feature.
 
-    W_enc, W_dec: [d_sae, d_model]. b_enc: [d_sae]. b_dec: [d_model].
+    W_enc: [d_sae, d_in]. W_dec: [d_sae, d_out]. b_enc: [d_sae]. b_dec: [d_out].
     """
 
     W_enc: Tensor
@@ -54,54 +52,56 @@ class AuxK(NamedTuple):
     coefficient: float
 
 
-class Step(NamedTuple):
-    """What one batch gives.
+class Reconstruction(NamedTuple):
+    """How far codes are from their target, and what that asks of them.
 
-    gradients: of loss + aux_loss. loss, aux_loss: scalars. squared_error: scalar |x - x_hat|^2
-    over the batch. n_active: [d_sae] int64, rows in which each feature was active.
+    error: [batch, d_out], of the last level: all codes. loss: scalar, unscaled: the mean over
+    levels of summed squares. squared_error: scalar, the last level's. dots: [nnz], of each entry
+    error . W_dec row, averaged over the levels it is part of; its act's gradient is
+    -2 * scale * dots. pulls: [batch, d_out], or one for each level [batch, n_levels, d_out]: the
+    errors that decoder rows follow.
     """
 
-    gradients: Weights
+    error: Tensor
     loss: Tensor
-    aux_loss: Tensor
     squared_error: Tensor
-    n_active: Tensor
+    dots: Tensor
+    pulls: Tensor
 
 
-def loss_and_gradients(
-    x: Tensor, codes: Codes, weights: Weights, variance: float, auxk: AuxK | None = None
-) -> Step:
-    """Loss of a batch whose active features are chosen, and its gradients.
+class Levels(NamedTuple):
+    """Which of n levels each entry of codes is in: [nnz] int64, ascending within a row."""
 
-    x: [batch, d_model], not centred. codes: its active features under these weights.
-    """
-    scale = 1 / (len(x) * variance)
-    x_centred = x - weights.b_dec
-    error = x_centred - sum_by_row(codes, weights.W_dec)  # [batch, d_model]
-    squared_error = error.square().sum()
-    grad_x_hat = error * (-2 * scale)
-    features = sort_by_feature(codes, d_sae=len(weights.b_enc))
-    grad_acts = dot_by_entry(codes, grad_x_hat, weights.W_dec)  # also of pre_acts: all acts are > 0
-    grad_W_enc = sum_by_feature(grad_acts, features, x_centred)
-    grad_W_dec = sum_by_feature(codes.acts, features, grad_x_hat)
-    grad_b_enc = weights_by_feature(grad_acts, features)
-    aux_loss = squared_error.new_zeros(())
-    if auxk is not None and len(auxk.dead_ids):
-        aux_loss = _add_auxk_(
-            Weights(grad_W_enc, grad_W_dec, grad_b_enc, weights.b_dec),
-            x_centred,
-            error,
-            weights,
-            auxk,
-            scale,
-        )
-    # b_dec is added after the decoder and taken away before the encoder.
-    grad_b_dec = grad_x_hat.sum(0) - grad_b_enc @ weights.W_enc
-    gradients = Weights(grad_W_enc, grad_W_dec, grad_b_enc, grad_b_dec)
-    return Step(gradients, squared_error * scale, aux_loss, squared_error, features.n_active())
+    of_entry: Tensor
+    n: int
 
 
-def _add_auxk_(
+def reconstruct(
+    codes: Codes, target: Tensor, W_dec: Tensor, kernels: Kernels, levels: Levels | None = None
+) -> Reconstruction:
+    """Compare codes with target [batch, d_out], which is what they should add up to."""
+    if levels is None:
+        error, squared_error, dots = kernels.reconstruct(codes, target, W_dec)
+        return Reconstruction(error, squared_error, squared_error, dots, error)
+    by_level = split_by_level(codes, levels)
+    parts = kernels.sum_by_row(by_level, W_dec).view(len(target), levels.n, -1)
+    errors = target.unsqueeze(1) - parts.cumsum(1)  # [batch, n_levels, d_out]
+    # An entry is part of its own level's reconstruction and of all later ones.
+    pulls = errors.flip(1).cumsum(1).flip(1) / levels.n
+    dots = kernels.dot_by_entry(by_level, pulls.flatten(0, 1), W_dec)
+    squares = errors.square().sum((0, 2))
+    return Reconstruction(errors[:, -1].contiguous(), squares.mean(), squares[-1], dots, pulls)
+
+
+def split_by_level(codes: Codes, levels: Levels) -> Codes:
+    """The same entries with each (row, level) as a row of its own: n_rows * n_levels rows."""
+    places = codes.rows() * levels.n + levels.of_entry
+    counts = torch.bincount(places, minlength=codes.n_rows * levels.n)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return Codes(codes.acts, codes.feature_ids, offsets)
+
+
+def add_auxk_(
     gradients: Weights,
     x_centred: Tensor,
     error: Tensor,

@@ -1,15 +1,7 @@
-"""How an SAE starts: what the first rows say about the data, and the untrained weights.
-
-Training scales its input so that rows have a mean squared norm of d_model. Everything is
-homogeneous in that scale: with x_scaled = s x, the saved SAE has b_enc / s, b_dec / s and
-threshold / s, the same W_enc and the same unit-norm W_dec. Its acts are those of training
-divided by s, so that on raw activations act * W_dec row is a feature's contribution as it is.
-"""
+"""How an SAE starts: what the first rows say about the data, and the untrained weights."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,48 +10,71 @@ from torch import Tensor
 from sae.autoencoder import SAE, Origin
 from sae.config import SAEConfig
 from sae.errors import SourceError
-from sae.sources import ActivationSource
+from sae.normalisation import Normalisation, scale_of
+from sae.reading import Batch
 
 # The Weiszfeld iteration converges linearly; the mean is already close.
 MEDIAN_STEPS = 32
-SAMPLE_BATCH = 4096
 
 
 class InputStatistics(NamedTuple):
-    """What a sample of rows says about raw activations.
+    """What a sample of rows says.
 
-    center: [d_model], their mean or geometric median. scale: what multiplies rows so that their
-    mean squared norm is d_model. variance: mean squared deviation from the mean, raw.
+    normalisation: from raw activations to training's units. b_dec: [d_out], where it starts, in
+    those units. variance: mean squared deviation of targets from their mean, in those units.
     """
 
-    center: Tensor
-    scale: float
+    normalisation: Normalisation
+    b_dec: Tensor
     variance: float
 
 
-def input_statistics(rows: Tensor, center: str = "mean") -> InputStatistics:
-    """Statistics of rows [n_rows, d_model], computed in float64.
+def input_statistics(
+    rows: Batch,
+    widths_in: tuple[int, ...],
+    widths_out: tuple[int, ...],
+    *,
+    b_dec_init: str = "mean",
+    center: bool = False,
+) -> InputStatistics:
+    """Statistics of a sample of rows, computed in float64.
 
-    center: "mean" or "geometric_median".
-    Raises: SourceError if the rows don't vary.
+    widths_in, widths_out: of the hookpoints that lie side by side in x and y. b_dec_init: "mean"
+    or "geometric_median". center: whether the mean is taken away before rows are scaled; of what a
+    transcoder reads it always is, since it has no b_dec on that side.
+    Raises: SourceError if the targets don't vary.
     """
-    rows = rows.double()
-    mean = rows.mean(0)
-    variance = float((rows - mean).square().sum(1).mean())
-    if not variance > 0:
+    is_tied = rows.y is rows.x
+    out = _part(rows.y, widths_out, center=center)
+    into = out if is_tied else _part(rows.x, widths_in, center=True)
+    normalisation = Normalisation(*into, *out)
+    middle = geometric_median(rows.y) if b_dec_init == "geometric_median" else rows.y.mean(0)
+    targets = normalisation.outputs(rows.y).double()
+    variance = float((targets - targets.mean(0)).square().sum(1).mean())
+    return InputStatistics(normalisation, normalisation.outputs(middle.float()), variance)
+
+
+def _part(rows: Tensor, widths: tuple[int, ...], *, center: bool) -> tuple[Tensor, Tensor]:
+    """Center and scale of each channel of rows [n_rows, sum of widths]."""
+    mean = rows.double().mean(0).float()
+    if not (rows.double() - mean).square().sum() > 0:
         raise SourceError(
-            f"{len(rows)} rows of activations have variance {variance}; there is nothing to learn"
+            f"{len(rows)} rows of activations have variance 0; there is nothing to learn"
         )
-    scale = math.sqrt(rows.shape[1] / float(rows.square().sum(1).mean()))
-    middle = geometric_median(rows) if center == "geometric_median" else mean
-    return InputStatistics(middle.float(), scale, variance)
+    middle = mean if center else torch.zeros_like(mean)
+    scales = [
+        torch.full((part.shape[1],), scale_of(part, its_middle))
+        for part, its_middle in zip(rows.split(widths, dim=1), middle.split(widths), strict=True)
+    ]
+    return middle, torch.cat(scales)
 
 
 def geometric_median(rows: Tensor) -> Tensor:
-    """The point of least summed distance to rows [n_rows, d_model]: [d_model].
+    """The point of least summed distance to rows [n_rows, d_model]: [d_model] float64.
 
     Source: Weiszfeld's iteration, from the mean; as in Gao et al. 2024, arXiv 2406.04093.
     """
+    rows = rows.double()
     median = rows.mean(0)
     for _ in range(MEDIAN_STEPS):
         weights = 1 / (rows - median).norm(dim=1).clamp(min=1e-12)
@@ -67,54 +82,31 @@ def geometric_median(rows: Tensor) -> Tensor:
     return median
 
 
-def initial_sae(config: SAEConfig, center: Tensor, seed: int, origin: Origin | None = None) -> SAE:
-    """An untrained SAE: random unit directions, the encoder their transpose, b_dec at center.
+def initial_sae(
+    config: SAEConfig,
+    b_dec: Tensor,
+    seed: int,
+    origin: Origin | None = None,
+    *,
+    d_in: int | None = None,
+) -> SAE:
+    """An untrained SAE: random unit directions, the encoder their transpose.
 
-    center: [d_model]. Source: Gao et al. 2024, arXiv 2406.04093, appendix A.1.
+    b_dec: [d_out], where it starts. d_in: width of what is read; None if it is d_out. Where both
+    widths are equal the encoder starts as the decoder's transpose, and else at random too.
+    Source: Gao et al. 2024, arXiv 2406.04093, appendix A.1.
     """
-    sae = SAE(config, len(center), origin)
+    sae = SAE(config, d_in or len(b_dec), origin, d_out=len(b_dec))
     generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(config.d_sae, len(center), generator=generator)
-    directions /= directions.norm(dim=1, keepdim=True)
+    directions = _directions(config.d_sae, len(b_dec), generator)
     sae.W_dec.copy_(directions)
+    if sae.d_model != len(b_dec):
+        directions = _directions(config.d_sae, sae.d_model, generator)
     sae.W_enc_rows.copy_(directions)
-    sae.b_dec.copy_(center)
+    sae.b_dec.copy_(b_dec)
     return sae
 
 
-def rescale_(sae: SAE, factor: float) -> SAE:
-    """Make an SAE of x into one of factor * x, in place: acts and biases grow by factor."""
-    for tensor in (sae.b_enc, sae.b_dec, sae.threshold, sae.max_act):
-        tensor.mul_(factor)
-    return sae
-
-
-def sample_batches(
-    source: ActivationSource, hookpoint: str, n_rows: int, *, seed: int, near_row: int = 0
-) -> Iterator[Tensor]:
-    """The first n_rows finite train rows of the shuffled order (all, if fewer), in batches.
-
-    near_row: a source that keeps no past takes them near this row of its stream.
-    Raises: SourceError if there is none.
-    """
-    n_available, n_read = source.n_rows(hookpoint), 0
-    batch_size = SAMPLE_BATCH if n_available is None else max(1, min(SAMPLE_BATCH, n_available))
-    for batch in source.sample(hookpoint, batch_size, seed=seed, near_row=near_row):
-        is_finite = batch.isfinite().all(1)
-        rows = (batch if is_finite.all() else batch[is_finite])[: n_rows - n_read]
-        n_read += len(rows)
-        yield rows
-        if n_read >= n_rows:
-            return
-    if n_read == 0:
-        raise SourceError(
-            f"{hookpoint} has no finite train row among the {n_available or 'sampled'} of the "
-            "source; harvest more tokens, or look at the model's precision"
-        )
-
-
-def sample_rows(
-    source: ActivationSource, hookpoint: str, n_rows: int, *, seed: int, near_row: int = 0
-) -> Tensor:
-    """The rows of sample_batches as one tensor: [n, d_model]."""
-    return torch.cat(list(sample_batches(source, hookpoint, n_rows, seed=seed, near_row=near_row)))
+def _directions(n: int, width: int, generator: torch.Generator) -> Tensor:
+    rows = torch.randn(n, width, generator=generator)
+    return rows / rows.norm(dim=1, keepdim=True)

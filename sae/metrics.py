@@ -38,9 +38,11 @@ class Metrics:
     """What one logged step of training looked like.
 
     step: steps done. n_tokens: rows trained on so far. loss: |x - x_hat|^2 a row over the data's
-    variance. aux_loss: AuxK's part, coefficient included. fvu: of this step's batch, against its
+    variance. penalty: the architecture's sparsity penalty, over the same, coefficient included.
+    aux_loss: AuxK's part, coefficient included. fvu: of this step's batch, against its
     own mean. l0: mean active features a row in this batch. dead_fraction: features not active
-    for dead_after_tokens. lr: learning rate of this step. grad_norm: L2 norm before clipping.
+    for dead_after_tokens. lr: learning rate of this step. coefficient: what the sparsity penalty
+    was weighted with. grad_norm: L2 norm before clipping.
     n_skipped: batches skipped so far for NaN or Inf. tokens_per_s: since the line before.
     elapsed_s: seconds trained, over all resumptions.
     """
@@ -48,11 +50,13 @@ class Metrics:
     step: int
     n_tokens: int
     loss: float
+    penalty: float
     aux_loss: float
     fvu: float
     l0: float
     dead_fraction: float
     lr: float
+    coefficient: float
     grad_norm: float
     n_skipped: int
     tokens_per_s: float

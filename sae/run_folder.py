@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae.architectures import architecture_of
+from sae.atomic_files import held
 from sae.autoencoder import SAE, Origin
 from sae.checkpoints import load_newest_checkpoint, remove_checkpoints, save_checkpoint
 from sae.config import SAEConfig, TrainConfig
-from sae.errors import ResumeMismatchError
-from sae.metrics import MetricsLog
+from sae.errors import ResumeMismatchError, RunInUseError
+from sae.metrics import Metrics, MetricsLog, last_metrics
 from sae.sources import ActivationSource
 from sae.storage import CONFIG_FILE, WEIGHTS_FILE, read_description
+from sae.team import Team
 from sae.training_state import TrainingState
+from sae.wiring import Wiring, wiring_from, wiring_of
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
+LOCK_FILE = ".lock"
 # Settings that may differ when a run goes on: they don't change what it computes.
 FREE_SETTINGS = ("checkpoint_every_steps", "keep_checkpoints")
 
@@ -28,8 +35,7 @@ FREE_SETTINGS = ("checkpoint_every_steps", "keep_checkpoints")
 class RunPlan(NamedTuple):
     """What a run will compute, resolved: with the same data, equal plans make equal SAEs."""
 
-    hookpoint: str
-    d_model: int
+    wiring: Wiring
     sae_config: SAEConfig
     train_config: TrainConfig
     max_norm: float
@@ -37,22 +43,29 @@ class RunPlan(NamedTuple):
 
     @classmethod
     def of(
-        cls, source: ActivationSource, hookpoint: str, sae_config: SAEConfig, config: TrainConfig
+        cls, source: ActivationSource, wiring: Wiring, sae_config: SAEConfig, config: TrainConfig
     ) -> RunPlan:
         """The plan of a run on a source; config is resolved already."""
-        return cls(
-            hookpoint,
-            source.d_model(hookpoint),
-            sae_config,
-            config,
-            source.max_norm(hookpoint),
-            source.provenance(hookpoint),
-        )
+        provenance = dict(source.provenance(wiring.hookpoints[0]))
+        if len(wiring.hookpoints) > 1:
+            provenance["hookpoints"] = list(wiring.hookpoints)
+        # Rows are left out for the norm that they have at one place; of several, none says it all.
+        is_one_place = len(wiring.reads) == 1
+        max_norm = source.max_norm(wiring.reads[0]) if is_one_place else math.inf
+        return cls(wiring, sae_config, config, max_norm, provenance)
+
+    @property
+    def n_steps(self) -> int:
+        """Steps of the whole run."""
+        assert self.train_config.n_steps is not None
+        return self.train_config.n_steps
 
     def origin(self, n_tokens: int) -> Origin:
         """What is saved with the SAE."""
+        is_plain = self.wiring == wiring_of(self.wiring.reads[0])
         return Origin(
-            hookpoint=self.hookpoint,
+            hookpoint=self.wiring.reads[0] if len(self.wiring.reads) == 1 else None,
+            wiring=None if is_plain else self.wiring,
             max_norm=self.max_norm,
             n_tokens_trained=n_tokens,
             train_config=self.train_config.model_dump(mode="json"),
@@ -63,8 +76,7 @@ class RunPlan(NamedTuple):
         """As JSON: what a run must share with the one it continues."""
         settings = {
             "architecture": architecture_of(self.sae_config).name,
-            "hookpoint": self.hookpoint,
-            "d_model": self.d_model,
+            "wiring": self.wiring.model_dump(mode="json"),
             "max_norm": repr(self.max_norm),
             "sae": self.sae_config.model_dump(mode="json"),
             "train": self.train_config.model_dump(mode="json", exclude=set(FREE_SETTINGS)),
@@ -78,12 +90,34 @@ class RunFolder:
 
     def __init__(self, path: Path, plan: RunPlan) -> None:
         self.path, self.plan = path, plan
-        self._saved_step = -1
+        self.saved_step = 0
 
     @property
     def metrics_path(self) -> Path:
         """metrics.jsonl."""
         return self.path / METRICS_FILE
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep others from training here meanwhile.
+
+        Raises: RunInUseError if one is.
+        """
+        if not Team().is_first:
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with held(self.path / LOCK_FILE) as is_free:
+            if not is_free:
+                raise RunInUseError(
+                    f"another process is training in {self.path}; wait for it, or give another "
+                    "folder"
+                )
+            yield
+
+    def last_metrics(self) -> Metrics | None:
+        """The last line of metrics.jsonl."""
+        return last_metrics(self.metrics_path)
 
     def finished(self) -> SAE | None:
         """The run's SAE if it is finished; None if it isn't.
@@ -97,8 +131,7 @@ class RunFolder:
             self._check_same(
                 {
                     "architecture": description["architecture"],
-                    "hookpoint": description["hookpoint"],
-                    "d_model": description["d_model"],
+                    "wiring": _wiring_settings(description),
                     "sae": description["sae"],
                     "train": {
                         name: value
@@ -120,41 +153,55 @@ class RunFolder:
             return None
         self._check_same(checkpoint.values["settings"])
         state = TrainingState.from_checkpoint(
-            checkpoint, self.plan.sae_config, self.plan.train_config, self.plan.d_model
+            checkpoint, self.plan.sae_config, self.plan.train_config, self.plan.origin(0)
         )
-        self._saved_step = state.counters.step
+        self.saved_step = state.counters.step
         logger.info("%s: going on from step %d", self.path, state.counters.step)
         return state
 
     def clear(self) -> None:
         """Remove what an earlier run left, for a fresh start."""
-        (self.path / CONFIG_FILE).unlink(missing_ok=True)
-        (self.path / WEIGHTS_FILE).unlink(missing_ok=True)
-        remove_checkpoints(self.path / CHECKPOINTS_FOLDER)
-        self.metrics_path.unlink(missing_ok=True)
+        if Team().is_first:
+            (self.path / CONFIG_FILE).unlink(missing_ok=True)
+            (self.path / WEIGHTS_FILE).unlink(missing_ok=True)
+            remove_checkpoints(self.path / CHECKPOINTS_FOLDER)
+            self.metrics_path.unlink(missing_ok=True)
+        Team().wait()
 
-    def checkpoint(self, state: TrainingState, log: MetricsLog) -> None:
-        """Save the state, after the metrics that lead up to it. Once a step is enough."""
+    def checkpoint(self, state: TrainingState, log: MetricsLog | None) -> None:
+        """Save the state, after the metrics that lead up to it. Once a step is enough.
+
+        log: None where another process writes, which then saves the state too.
+        """
         step = state.counters.step
-        if step == self._saved_step:
+        if step == self.saved_step:
             return
-        log.sync()
-        checkpoint = state.to_checkpoint()
-        checkpoint.values["settings"] = self.plan.settings()
-        keep = self.plan.train_config.keep_checkpoints
-        save_checkpoint(self.path / CHECKPOINTS_FOLDER, step, checkpoint, keep=keep)
-        self._saved_step = step
+        if log is not None:
+            log.sync()
+            checkpoint = state.to_checkpoint()
+            checkpoint.values["settings"] = self.plan.settings()
+            keep = self.plan.train_config.keep_checkpoints
+            save_checkpoint(self.path / CHECKPOINTS_FOLDER, step, checkpoint, keep=keep)
+        self.saved_step = step
 
     def _check_same(self, settings: dict[str, Any]) -> None:
         """Compare another run's settings, as far as they are given, with the plan's."""
         planned = _flat(self.plan.settings())
-        for name, value in _flat(settings).items():
-            if planned.get(name) != value:
-                raise ResumeMismatchError(
-                    f"the run in {self.path} has {name}={value!r}, but now {planned.get(name)!r} "
-                    "is asked for; use the same settings, another folder, or resume=False to "
-                    "start over"
-                )
+        differing = [
+            f"{name}={value!r} (now {planned.get(name)!r})"
+            for name, value in _flat(settings).items()
+            if planned.get(name) != value
+        ]
+        if differing:
+            raise ResumeMismatchError(
+                f"the run in {self.path} was started with {', '.join(differing)}; use the same "
+                "settings, another folder, or resume=False to start over"
+            )
+
+
+def _wiring_settings(description: dict[str, Any]) -> dict[str, Any] | None:
+    wiring = wiring_from(description)
+    return None if wiring is None else wiring.model_dump(mode="json")
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

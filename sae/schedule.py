@@ -9,7 +9,10 @@ import torch
 
 from sae.config import SAEConfig, TrainConfig
 from sae.errors import ConfigError, SourceError
+from sae.kernels import kernels_of
+from sae.reading import widths
 from sae.sources import ActivationSource
+from sae.wiring import Wiring, wiring_of
 
 # Gao et al. 2024, arXiv 2406.04093, section 3: lr falls as 1 / sqrt(d_sae); the constant is that
 # of EleutherAI/sparsify.
@@ -17,40 +20,68 @@ LR_AT_16384 = 2e-4
 
 
 def resolve(
-    config: TrainConfig, sae_config: SAEConfig, source: ActivationSource, hookpoint: str
+    config: TrainConfig,
+    sae_config: SAEConfig,
+    source: ActivationSource,
+    hookpoint: str | Wiring,
 ) -> TrainConfig:
     """The same settings with nothing left to compute.
 
     Raises: SourceError if the source holds less than one batch; ConfigError if settings clash.
     """
-    n_rows, batch_size = source.n_rows(hookpoint), config.batch_size
+    wiring = wiring_of(hookpoint)
+    n_rows = _n_rows(source, wiring, config.batch_size)
     if n_rows is None and not (config.n_steps or config.n_tokens):
         raise ConfigError(
             "a stream of activations has no length: say how long to train, with n_tokens or n_steps"
         )
-    if n_rows is not None and n_rows < batch_size:
-        raise SourceError(
-            f"{hookpoint} has {n_rows} train rows, fewer than batch_size={batch_size}; harvest "
-            "more tokens, or lower batch_size"
-        )
-    n_tokens = config.n_tokens or (n_rows or 0) // batch_size * batch_size
-    n_steps = config.n_steps or math.ceil(n_tokens / batch_size)
+    _require_alignable(config, source, wiring)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    n_tokens = config.n_tokens or (n_rows or 0) // config.batch_size * config.batch_size
+    n_steps = config.n_steps or math.ceil(n_tokens / config.batch_size)
+    warmup_steps = min(1000, n_steps // 20) if config.warmup_steps is None else config.warmup_steps
+    kernels = kernels_of(config.kernels, config.nominate_in, torch.device(device))
     resolved: dict[str, Any] = {
         "n_steps": n_steps,
         "n_tokens": None,
         "lr": config.lr or LR_AT_16384 / math.sqrt(sae_config.d_sae / 16384),
-        "warmup_steps": min(1000, n_steps // 20)
-        if config.warmup_steps is None
-        else config.warmup_steps,
-        "k_aux": config.k_aux or max(1, source.d_model(hookpoint) // 2),
-        "device": config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        "warmup_steps": warmup_steps,
+        "k_aux": config.k_aux or max(1, sum(widths(source, wiring.writes)) // 2),
+        "device": device,
+        "kernels": kernels.name,
+        "nominate_in": kernels.nominates_in,
+        "data_seed": config.seed if config.data_seed is None else config.data_seed,
     }
-    if config.nominate_in == "bfloat16" and torch.device(resolved["device"]).type != "cpu":
-        raise ConfigError(
-            f"nominate_in='bfloat16' is for the CPU, but device is {resolved['device']!r}: its "
-            "error bound isn't proven there; set nominate_in to float32"
-        )
     return config.model_copy(update=resolved)
+
+
+def _n_rows(source: ActivationSource, wiring: Wiring, batch_size: int) -> int | None:
+    """Train rows of the place that has fewest; None for a stream."""
+    counts = [source.n_rows(each) for each in wiring.hookpoints]
+    known = [count for count in counts if count is not None]
+    n_rows = min(known) if known else None
+    if n_rows is not None and n_rows < batch_size:
+        raise SourceError(
+            f"{wiring.name} has {n_rows} train rows, fewer than batch_size={batch_size}; harvest "
+            "more tokens, or lower batch_size"
+        )
+    return n_rows
+
+
+def _require_alignable(config: TrainConfig, source: ActivationSource, wiring: Wiring) -> None:
+    """Raises: ConfigError if encoder and decoder are to be aligned but differ in width."""
+    d_in, d_out = (sum(widths(source, each)) for each in (wiring.reads, wiring.writes))
+    if config.aligned and d_in != d_out:
+        raise ConfigError(
+            f"aligned=True needs an encoder as wide as the decoder; {wiring.name} has {d_in} and "
+            f"{d_out}. Leave it out"
+        )
+
+
+def progress(config: TrainConfig, step: int) -> float:
+    """The fraction of a resolved config's steps that are done."""
+    assert config.n_steps is not None
+    return step / config.n_steps
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -61,16 +61,30 @@ class ActivationSource(Protocol):
         The order depends on seed alone; start_batch begins there without reading what lies before.
         """
 
-    def sample(
-        self, hookpoint: str, batch_size: int, *, seed: int, near_row: int = 0
-    ) -> Iterator[Tensor]:
+    def aligned_batches(
+        self,
+        hookpoints: Sequence[str],
+        batch_size: int,
+        *,
+        seed: int,
+        split: Split = "train",
+        start_batch: int = 0,
+        epochs: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[dict[str, Tensor]]:
+        """Like batches, at several hookpoints: row i is the same token at each."""
+
+    def aligned_sample(
+        self, hookpoints: Sequence[str], batch_size: int, *, seed: int, near_row: int = 0
+    ) -> Iterator[dict[str, Tensor]]:
         """Train rows to measure on, once each, in batches: from the beginning of the shuffled order
         where the source keeps it, else from what it holds when row near_row is read."""
 
-    def wants_checkpoint(self, n_rows_read: int, hookpoint: str) -> bool:
+    def wants_checkpoint(self, n_rows_read: int, hookpoints: Sequence[str]) -> bool:
         """Whether the source could drop rows if a checkpoint stood after so many rows."""
 
-    def release(self, n_rows_read: int, hookpoint: str) -> None:
+    def release(self, n_rows_read: int, hookpoints: Sequence[str]) -> None:
         """A durable checkpoint stands after so many rows."""
 
     def provenance(self, hookpoint: str) -> dict[str, Any]:
@@ -101,7 +115,8 @@ class TensorSource:
     """A tensor as a source: every hookpoint names the same rows.
 
     x: [n_rows, d_model], the train split. heldout: the same for the split of that name (none if
-    not given). Rows of an L2 norm above max_norm are left out of both.
+    not given). Rows of an L2 norm above max_norm are left out of both. For several hookpoints see
+    PairedTensors.
     Raises: SourceError if a tensor isn't two-dimensional, or widths differ.
     """
 
@@ -168,19 +183,26 @@ class TensorSource:
             places = torch.arange(start, int(stop))[rank::world_size]
             yield rows[_shuffled(places, len(rows), seed)]
 
-    def sample(
-        self, hookpoint: str, batch_size: int, *, seed: int, near_row: int = 0
-    ) -> Iterator[Tensor]:
+    def aligned_batches(
+        self, hookpoints: Sequence[str], batch_size: int, **how: Any
+    ) -> Iterator[dict[str, Tensor]]:
+        """The same rows for each."""
+        for x in self.batches(hookpoints[0], batch_size, **how):
+            yield dict.fromkeys(hookpoints, x)
+
+    def aligned_sample(
+        self, hookpoints: Sequence[str], batch_size: int, *, seed: int, near_row: int = 0
+    ) -> Iterator[dict[str, Tensor]]:
         """The first epoch."""
         del near_row
-        return self.batches(hookpoint, batch_size, seed=seed)
+        return self.aligned_batches(hookpoints, batch_size, seed=seed)
 
-    def wants_checkpoint(self, n_rows_read: int, hookpoint: str) -> bool:
+    def wants_checkpoint(self, n_rows_read: int, hookpoints: Sequence[str]) -> bool:
         """False: all rows stay."""
-        del n_rows_read, hookpoint
+        del n_rows_read, hookpoints
         return False
 
-    def release(self, n_rows_read: int, hookpoint: str) -> None:
+    def release(self, n_rows_read: int, hookpoints: Sequence[str]) -> None:
         """Nothing: all rows stay."""
 
     def token_blocks(self, *, split: Split = "heldout") -> Iterator[TokenBlock]:
@@ -203,6 +225,44 @@ class TensorSource:
         if split not in self._rows:
             raise SourceError(f"no split {split!r}; a tensor source has train and heldout")
         return self._rows[split]
+
+
+class PairedTensors(TensorSource):
+    """Several tensors as a source, one for each hookpoint; row i of all is the same token.
+
+    acts: [n_rows, width] by hookpoint, the train split. heldout: the same, of that split.
+    Raises: SourceError as TensorSource, or if they differ in their number of rows.
+    """
+
+    def __init__(
+        self, acts: Mapping[str, Tensor], heldout: Mapping[str, Tensor] | None = None
+    ) -> None:
+        counts = {name: len(each) for name, each in acts.items()}
+        if len(set(counts.values())) != 1:
+            raise SourceError(f"tensors of one source have the same rows; got {counts} of them")
+        self._widths = {name: each.shape[1] for name, each in acts.items()}
+        side_by_side = [torch.cat(list(each.values()), 1) for each in (acts, heldout or {}) if each]
+        super().__init__(*side_by_side)
+
+    def d_model(self, hookpoint: str) -> int:
+        """Width of a hookpoint's tensor."""
+        if hookpoint not in self._widths:
+            raise SourceError(f"no hookpoint {hookpoint!r}; there are {', '.join(self._widths)}")
+        return self._widths[hookpoint]
+
+    def batches(self, hookpoint: str, batch_size: int, **how: Any) -> Iterator[Tensor]:
+        """Rows of a hookpoint."""
+        return (each[hookpoint] for each in self.aligned_batches([hookpoint], batch_size, **how))
+
+    def aligned_batches(
+        self, hookpoints: Sequence[str], batch_size: int, **how: Any
+    ) -> Iterator[dict[str, Tensor]]:
+        """Rows of several."""
+        for hookpoint in hookpoints:
+            self.d_model(hookpoint)
+        for rows in super().batches("", batch_size, **how):
+            parts = dict(zip(self._widths, rows.split(list(self._widths.values()), 1), strict=True))
+            yield {hookpoint: parts[hookpoint] for hookpoint in hookpoints}
 
 
 def _shuffled(places: Tensor, n_rows: int, seed: int) -> Tensor:

@@ -56,7 +56,8 @@ def load_sae(folder: Path) -> SAE:
 
 def tensors_of(sae: SAE) -> dict[str, Tensor]:
     """What sae.safetensors holds, by name."""
-    names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "max_act", "density")
+    names = ["W_enc", "b_enc", "W_dec", "b_dec", "threshold", "max_act", "density"]
+    names += [] if sae.W_skip is None else ["W_skip"]
     return {name: getattr(sae, name).detach().float() for name in names}
 
 
@@ -92,7 +93,9 @@ def _description(sae: SAE, digest: str) -> dict[str, Any]:
         "architecture": sae.architecture,
         "sae": sae.config.model_dump(mode="json"),
         "d_model": sae.d_model,
+        "d_out": sae.d_out,
         "hookpoint": origin.hookpoint,
+        "wiring": None if origin.wiring is None else origin.wiring.model_dump(mode="json"),
         "max_norm": origin.max_norm if math.isfinite(origin.max_norm) else None,
         "n_tokens_trained": origin.n_tokens_trained,
         "train": origin.train_config,
@@ -106,10 +109,12 @@ def _described(description: dict[str, Any], path: Path) -> SAE:
     """The SAE described, its weights still zero; nothing is allocated for an absurd size."""
     try:
         d_model = int(description["d_model"])
+        d_out = int(description.get("d_out", d_model))
         max_norm = description["max_norm"]
         config = config_of(description["architecture"], description["sae"])
         origin = Origin(
             hookpoint=description["hookpoint"],
+            wiring=description.get("wiring"),
             max_norm=math.inf if max_norm is None else max_norm,
             n_tokens_trained=description["n_tokens_trained"],
             train_config=description["train"],
@@ -121,13 +126,13 @@ def _described(description: dict[str, Any], path: Path) -> SAE:
     weights = path.parent / WEIGHTS_FILE
     if not weights.is_file():
         raise MissingFileError(f"{path.parent} holds no {WEIGHTS_FILE}; {RESTORE}")
-    n_bytes = 4 * (2 * d_model + 3) * config.d_sae
+    n_bytes = 4 * (d_model + d_out + 3) * config.d_sae
     if not n_bytes < weights.stat().st_size + 1:
         raise CorruptFileError(
             f"{weights} has {weights.stat().st_size} bytes; d_sae={config.d_sae} and "
             f"d_model={d_model} need more than {n_bytes}: it is cut short; {RESTORE}"
         )
-    return SAE(config, d_model, origin)
+    return SAE(config, d_model, origin, d_out=d_out)
 
 
 def _reason(error: Exception) -> str:

@@ -1,27 +1,36 @@
-"""Activations -> a trained SAE in a folder, with metrics on the way and exact resumption."""
+"""Activations -> trained SAEs in folders, with metrics on the way and exact resumption."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from sae.autoencoder import SAE
-from sae.calibration import THRESHOLD_ROWS, calibrate_
 from sae.config import SAEConfig, TrainConfig
-from sae.errors import TrainingStoppedError
-from sae.initialisation import input_statistics, sample_batches, sample_rows
-from sae.metrics import Metrics, MetricsLog, last_metrics
+from sae.errors import ConfigError, TrainingStoppedError
+from sae.metrics import Metrics
+from sae.reading import batches, shared_hookpoints
+from sae.run import Run
 from sae.run_folder import RunFolder, RunPlan
 from sae.schedule import resolve
 from sae.sources import ActivationSource
-from sae.training_state import StepReport, TrainingState
+from sae.team import Team
+from sae.wiring import Wiring, wiring_of
 
 DEFAULTS = TrainConfig()
+
+
+class RunSpec(NamedTuple):
+    """One SAE of several that are trained side by side: where, what, how, and into which folder."""
+
+    hookpoint: str | Wiring
+    sae_config: SAEConfig
+    train_config: TrainConfig
+    out: Path
 
 
 class RunResult(NamedTuple):
@@ -35,7 +44,7 @@ class RunResult(NamedTuple):
 
 def train(
     source: ActivationSource,
-    hookpoint: str,
+    hookpoint: str | Wiring,
     sae_config: SAEConfig,
     train_config: TrainConfig = DEFAULTS,
     *,
@@ -46,152 +55,139 @@ def train(
 ) -> RunResult:
     """Train an SAE on a source's activations, into the folder out.
 
-    A run that was interrupted goes on from its last checkpoint, to the same weights bit for bit
-    (same machine, same number of threads); one that is finished returns at once; resume=False
+    hookpoint: a place; or a transcoder's or crosscoder's wiring (see sae.wiring). A run that was
+    interrupted goes on from its last checkpoint, to the same weights bit for bit (same machine,
+    same numbers of threads and processes); one that is finished returns at once; resume=False
     removes what is there and starts over. on_metrics gets each logged line. should_stop is asked
     after each step: when it says so, a checkpoint is left and TrainingStoppedError raised. Any
     other exception between steps leaves a checkpoint too.
-    Raises: SourceError, ResumeMismatchError, CheckpointError, NonFiniteError,
-    TrainingStoppedError, and FormatError if out holds a damaged SAE.
+
+    Under torch.distributed every process calls this alike and reads its part of each batch; the
+    first one writes.
+    Raises: SourceError, ResumeMismatchError, CheckpointError, RunInUseError, NonFiniteError,
+    DivergedError, TrainingStoppedError, and FormatError if out holds a damaged SAE.
     """
-    config = resolve(train_config, sae_config, source, hookpoint)
-    folder = RunFolder(Path(out), RunPlan.of(source, hookpoint, sae_config, config))
-    if not resume:
-        folder.clear()
-    sae = folder.finished()
-    if sae is None:
-        state = folder.resume() or _start(source, folder.plan)
-        with closing(MetricsLog(folder.metrics_path, after_step=state.counters.step)) as log:
-            _loop(state, source, folder, log, on_metrics, should_stop)
-        sae = _finish(state, source, folder)
-    assert config.n_steps is not None
-    return RunResult(sae, folder.path, config.n_steps, last_metrics(folder.metrics_path))
+    spec = RunSpec(hookpoint, sae_config, train_config, Path(out))
+
+    def show(_: Path, metrics: Metrics) -> None:
+        if on_metrics is not None:
+            on_metrics(metrics)
+
+    return train_many(source, [spec], on_metrics=show, resume=resume, should_stop=should_stop)[0]
+
+
+def train_many(
+    source: ActivationSource,
+    specs: Sequence[RunSpec],
+    *,
+    on_metrics: Callable[[Path, Metrics], None] | None = None,
+    resume: bool = True,
+    should_stop: Callable[[], bool] | None = None,
+) -> list[RunResult]:
+    """Train several SAEs side by side from one read of a source, as train would each of them.
+
+    They may differ in everything but batch_size and data_seed; each hookpoint is read once.
+    on_metrics also gets the folder of the run.
+    Raises: as train; ConfigError if two share a folder, or their batches differ.
+    """
+    plans = [
+        RunPlan.of(source, wiring_of(spec.hookpoint), spec.sae_config, _resolved(source, spec))
+        for spec in specs
+    ]
+    folders = [RunFolder(spec.out, plan) for spec, plan in zip(specs, plans, strict=True)]
+    _require_one_read(folders)
+    with ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(folder.locked())
+        if not resume:
+            for folder in folders:
+                folder.clear()
+        finished = {folder: sae for folder in folders if (sae := folder.finished()) is not None}
+        if waiting := [folder for folder in folders if folder not in finished]:
+            runs = [
+                stack.enter_context(Run.begin(folder, source, on_metrics)) for folder in waiting
+            ]
+            _loop(runs, source, should_stop)
+            finished |= {run.folder: run.finish() for run in runs}
+    return [
+        RunResult(finished[folder], folder.path, folder.plan.n_steps, folder.last_metrics())
+        for folder in folders
+    ]
 
 
 def _loop(
-    state: TrainingState,
-    source: ActivationSource,
-    folder: RunFolder,
-    log: MetricsLog,
-    on_metrics: Callable[[Metrics], None] | None,
-    should_stop: Callable[[], bool] | None,
+    runs: list[Run], source: ActivationSource, should_stop: Callable[[], bool] | None
 ) -> None:
     """Read, step, track, save."""
-    config, counters, hookpoint = state.config, state.counters, folder.plan.hookpoint
-    assert config.n_steps is not None
-    meter = _Meter(state)
-    with _checkpoint_on_error(state, folder, log):
-        for x in _read(source, folder.plan, start_batch=counters.step):
-            if counters.step >= config.n_steps:
-                break
-            report = state.advance(x)
-            is_last = counters.step == config.n_steps
-            if report is not None and (is_last or counters.step % config.log_every_steps == 0):
-                metrics = meter.measure(report)
-                log.append(metrics)
-                if on_metrics is not None:
-                    on_metrics(metrics)
-            n_rows_read = counters.step * config.batch_size
-            is_due = is_last or counters.step % config.checkpoint_every_steps == 0
-            if is_due or source.wants_checkpoint(n_rows_read, hookpoint):
-                meter.track_time()
-                folder.checkpoint(state, log)
-                source.release(n_rows_read, hookpoint)
-            if not is_last and should_stop is not None and should_stop():
+    team, hookpoints = Team(), shared_hookpoints([run.folder.plan.wiring for run in runs])
+    with _checkpoints_on_error(runs):
+        for step, acts in _read(source, runs, hookpoints, team):
+            for run in runs:
+                run.take(step, acts)
+            n_rows_read = (step + 1) * runs[0].config.batch_size
+            if source.wants_checkpoint(n_rows_read, hookpoints):
+                for run in runs:
+                    run.checkpoint()
+            n_safe = min(run.folder.saved_step for run in runs) * runs[0].config.batch_size
+            source.release(n_safe, hookpoints)
+            if all(run.is_done for run in runs):
+                return
+            if should_stop is not None and team.any(should_stop()):
                 raise TrainingStoppedError(
-                    f"training in {folder.path} was stopped after step {counters.step} of "
-                    f"{config.n_steps}; the same call goes on from there"
+                    f"training in {', '.join(str(run.folder.path) for run in runs)} was stopped "
+                    f"after step {step + 1}; the same call goes on from there"
                 )
 
 
 def _read(
-    source: ActivationSource,
-    plan: RunPlan,
-    *,
-    start_batch: int,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[Tensor]:
-    """This rank's part of each batch, from start_batch on, without end."""
-    return source.batches(
-        plan.hookpoint,
-        plan.train_config.batch_size,
-        seed=plan.train_config.seed,
-        start_batch=start_batch,
-        epochs=None,
-        rank=rank,
-        world_size=world_size,
+    source: ActivationSource, runs: list[Run], hookpoints: tuple[str, ...], team: Team
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """This process's part of each batch with its number, from the first that a run still needs."""
+    if all(run.is_done for run in runs):
+        return
+    config, first = runs[0].config, min(run.step for run in runs if not run.is_done)
+    assert config.data_seed is not None
+    read = batches(
+        source,
+        hookpoints,
+        config.batch_size,
+        seed=config.data_seed,
+        start_batch=first,
+        rank=team.rank,
+        world_size=team.world_size,
     )
+    yield from enumerate(read, start=first)
 
 
-def _start(source: ActivationSource, plan: RunPlan) -> TrainingState:
-    """A fresh state, from statistics of the first rows."""
-    config = plan.train_config
-    rows = sample_rows(source, plan.hookpoint, config.init_rows, seed=config.seed)
-    return TrainingState.start(plan.sae_config, config, input_statistics(rows, config.b_dec_init))
+def _resolved(source: ActivationSource, spec: RunSpec) -> TrainConfig:
+    return resolve(spec.train_config, spec.sae_config, source, spec.hookpoint)
 
 
-def _finish(state: TrainingState, source: ActivationSource, folder: RunFolder) -> SAE:
-    """Fold the scale in, calibrate on train rows, save."""
-    config, hookpoint = state.config, folder.plan.hookpoint
-    sae = state.finished_sae(folder.plan.origin(state.counters.n_tokens)).to(config.device)
-    n_rows = config.calibration_rows
-    where: dict[str, Any] = {
-        "seed": config.seed,
-        "near_row": state.counters.step * config.batch_size - 1,
-    }
-    threshold_rows = sample_rows(source, hookpoint, min(n_rows, THRESHOLD_ROWS), **where)
-    calibrate_(sae, threshold_rows, sample_batches(source, hookpoint, n_rows, **where))
-    sae.save(folder.path)
-    return sae.to("cpu")
+def _require_one_read(folders: list[RunFolder]) -> None:
+    """Raises: ConfigError if the runs can't be trained from the same batches."""
+    if not folders:
+        raise ConfigError("no run to train: give at least one")
+    for what, values in {
+        "batch_size": {folder.plan.train_config.batch_size for folder in folders},
+        "data_seed": {folder.plan.train_config.data_seed for folder in folders},
+    }.items():
+        if len(values) > 1:
+            raise ConfigError(
+                f"runs that are trained side by side share their batches, but {what} is "
+                f"{' and '.join(map(str, sorted(values, key=str)))}; give all the same"
+            )
+    places = [folder.path.resolve() for folder in folders]
+    for place in places:
+        if places.count(place) > 1:
+            raise ConfigError(f"two runs are to be trained into {place}; give each its own folder")
 
 
 @contextmanager
-def _checkpoint_on_error(
-    state: TrainingState, folder: RunFolder, log: MetricsLog
-) -> Iterator[None]:
-    """Leave a checkpoint behind whatever ends the loop early, unless it struck inside a step."""
+def _checkpoints_on_error(runs: list[Run]) -> Iterator[None]:
+    """Leave checkpoints behind whatever ends the loop early, but of no run that was in a step."""
     try:
         yield
     except BaseException:
-        if state.is_between_steps and state.counters.step > 0:
-            folder.checkpoint(state, log)
+        for run in runs:
+            run.checkpoint_if_between_steps()
         raise
-
-
-class _Meter:
-    """Turns step reports into metrics, and keeps the clock."""
-
-    def __init__(self, state: TrainingState) -> None:
-        self._state = state
-        self._clock_s = self._logged_s = time.monotonic()
-        self._logged_tokens = state.counters.n_tokens
-
-    def measure(self, report: StepReport) -> Metrics:
-        """Metrics of the step just taken."""
-        now_s = self.track_time()
-        state, counters, step = self._state, self._state.counters, report.step
-        n_tokens, seconds = counters.n_tokens - self._logged_tokens, now_s - self._logged_s
-        self._logged_s, self._logged_tokens = now_s, counters.n_tokens
-        deviation = (report.x - report.x.mean(0)).square().sum()
-        return Metrics(
-            step=counters.step,
-            n_tokens=counters.n_tokens,
-            loss=float(step.loss),
-            aux_loss=float(step.aux_loss),
-            fvu=float(step.squared_error / deviation),
-            l0=report.l0,
-            dead_fraction=float(state.is_dead.double().mean()),
-            lr=report.lr,
-            grad_norm=report.grad_norm,
-            n_skipped=counters.n_skipped,
-            tokens_per_s=n_tokens / max(seconds, 1e-9),
-            elapsed_s=counters.elapsed_s,
-        )
-
-    def track_time(self) -> float:
-        """Bring elapsed_s up to date. Returns: the clock."""
-        now_s = time.monotonic()
-        self._state.counters.elapsed_s += now_s - self._clock_s
-        self._clock_s = now_s
-        return now_s

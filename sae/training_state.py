@@ -9,14 +9,30 @@ import torch
 from torch import Tensor
 
 from sae.architectures import architecture_of
+from sae.architectures.base import Moment
 from sae.autoencoder import SAE, Origin
 from sae.checkpoints import Checkpoint
 from sae.config import SAEConfig, TrainConfig
-from sae.errors import NonFiniteError
-from sae.gradients import AuxK, Step, Weights, loss_and_gradients
-from sae.initialisation import InputStatistics, initial_sae, rescale_
-from sae.schedule import learning_rate
-from sae.selection import PreActs
+from sae.constraints import (
+    ORTHOGONALITY_EVERY,
+    add_orthogonality_,
+    align_,
+    align_gradients_,
+)
+from sae.errors import DivergedError, NonFiniteError
+from sae.gradients import AuxK, Weights
+from sae.initialisation import InputStatistics, initial_sae
+from sae.kernels import kernels_of
+from sae.normalisation import Normalisation
+from sae.optimizer import Adam
+from sae.reading import Batch
+from sae.schedule import learning_rate, progress
+from sae.sparsity import PenaltyConfig
+from sae.step import Step, step_of
+from sae.team import Team
+
+# A loss this many times the first one's will not come back.
+DIVERGED = 1000.0
 
 
 @dataclasses.dataclass
@@ -25,6 +41,7 @@ class Counters:
 
     step: batches read, skipped ones included: the position in the data. n_tokens: rows trained
     on. n_skipped, n_skipped_in_a_row: batches with NaN or Inf. elapsed_s: seconds trained.
+    log_coefficient: of the sparsity penalty. first_loss: of the first step.
     """
 
     step: int = 0
@@ -32,44 +49,70 @@ class Counters:
     n_skipped: int = 0
     n_skipped_in_a_row: int = 0
     elapsed_s: float = 0.0
+    log_coefficient: float = 0.0
+    first_loss: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class StepReport:
-    """What a step that wasn't skipped did: the step's losses, its codes' size, lr, norm, rows."""
+    """What a step that wasn't skipped did: its losses, L0, lr, the gradient's norm before clipping,
+    the coefficient of the sparsity penalty, and its targets [batch, d_out] on this process."""
 
     step: Step
     l0: float
     lr: float
     grad_norm: float
-    x: Tensor
+    coefficient: float
+    y: Tensor
 
 
 class TrainingState:
-    """An SAE in training: its weights live in scaled units (see sae.initialisation)."""
+    """An SAE in training: its weights live in scaled units (see sae.normalisation)."""
 
-    def __init__(self, sae: SAE, config: TrainConfig, scale: float, variance: float) -> None:
-        """sae: in scaled units. config: resolved. scale, variance: see InputStatistics."""
-        self.sae, self.config, self.scale, self.variance = sae, config, scale, variance
+    def __init__(
+        self,
+        sae: SAE,
+        config: TrainConfig,
+        normalisation: Normalisation,
+        variance: float,
+        widths: tuple[int, ...],
+    ) -> None:
+        """sae: in scaled units. config: resolved. widths: of the places that are reconstructed."""
+        self.sae, self.config, self.variance = sae, config, variance
+        self.normalisation = normalisation.to(sae.b_dec.device)
         self.counters = Counters()
         self.tokens_since_active = torch.zeros(
             sae.d_sae, dtype=torch.int64, device=sae.b_dec.device
         )
         self.is_between_steps = True
+        self.team = Team()
+        self._widths = widths
         self._architecture = architecture_of(sae.config)
-        self._optimizer = torch.optim.Adam(
-            list(sae.weights), lr=1.0, betas=(config.beta1, config.beta2), fused=True
+        self.learnt = self._architecture.start(sae.weights, sae.config)
+        if isinstance(sae.config, PenaltyConfig):
+            self.counters.log_coefficient = sae.config.log_start
+        sae.kernels = kernels_of(config.kernels, config.nominate_in, sae.b_dec.device)
+        self._optimizer = Adam(
+            self._parameters(), sae.kernels, beta1=config.beta1, beta2=config.beta2
         )
 
     @classmethod
     def start(
-        cls, sae_config: SAEConfig, config: TrainConfig, statistics: InputStatistics
+        cls,
+        sae_config: SAEConfig,
+        config: TrainConfig,
+        statistics: InputStatistics,
+        *,
+        origin: Origin | None = None,
+        widths: tuple[int, ...] = (),
     ) -> TrainingState:
-        """The state before the first step."""
-        sae = initial_sae(sae_config, statistics.center, config.seed)
-        rescale_(sae, statistics.scale)
-        scaled_variance = statistics.variance * statistics.scale**2
-        return cls(sae.to(config.device), config, statistics.scale, scaled_variance)
+        """The state before the first step. widths: of the places, if there are several."""
+        normalisation, b_dec, variance = statistics
+        d_in = len(normalisation.in_scale)
+        sae = initial_sae(sae_config, b_dec, config.seed, origin, d_in=d_in).to(config.device)
+        if config.aligned:
+            align_(sae.weights)
+        return cls(sae, config, normalisation, variance, widths or (len(b_dec),))
 
     @property
     def is_dead(self) -> Tensor:
@@ -77,71 +120,108 @@ class TrainingState:
         return self.tokens_since_active >= self.config.dead_after_tokens
 
     @torch.no_grad()
-    def advance(self, x: Tensor) -> StepReport | None:
-        """One step on raw activations x [batch, d_model]; None if it was skipped for NaN or Inf.
+    def advance(self, batch: Batch) -> StepReport | None:
+        """One step on raw activations; None if it was skipped for NaN or Inf.
 
-        Raises: NonFiniteError after max_skipped_batches of these in a row.
+        Raises: NonFiniteError after max_skipped_batches of these in a row; DivergedError.
         """
         lr = learning_rate(self.config, self.counters.step)
-        x = x.to(self.sae.b_dec.device) * self.scale
-        if not x.sum().isfinite():
+        batch = batch.to(self.sae.b_dec.device)
+        x = self.normalisation.inputs(batch.x)
+        y = x if batch.y is batch.x else self.normalisation.outputs(batch.y)
+        if self.team.any(not (x.sum() + y.sum()).isfinite()):
             self._skip_()
             return None
-        pre_acts = PreActs(
-            x - self.sae.b_dec,
-            self.sae.W_enc_rows,
-            self.sae.b_enc,
-            nominate=self.config.nominate_in == "bfloat16",
+        n_rows = round(self.team.sum(len(x)))
+        at = self._moment(x, y, n_rows)
+        step = step_of(
+            self._architecture,
+            self.sae.config,
+            at,
+            is_tied=self.sae.is_tied,
+            skip_input=None if self.sae.W_skip is None else x,
+            auxk=self._auxk(),
         )
-        codes, threshold = self._architecture.select_training(
-            pre_acts, self.sae.config, self.sae.threshold
-        )
-        step = loss_and_gradients(x, codes, self.sae.weights, self.variance, self._auxk())
         grad_norm = self._prepare_(step.gradients)
         if not grad_norm.isfinite():
             self._skip_()
             return None
-        self._apply_(step, threshold, lr, len(x))
-        return StepReport(step, codes.nnz / len(x), lr, float(grad_norm), x)
+        self._require_sane(float(step.loss), lr)
+        l0 = float(step.n_active.sum()) / n_rows
+        self._apply_(step, lr, float(grad_norm), n_rows, l0)
+        return StepReport(step, l0, lr, float(grad_norm), at.coefficient, y)
 
     def finished_sae(self, origin: Origin) -> SAE:
-        """A copy of the SAE in raw units, on the CPU: the scale folded into its weights."""
-        sae = SAE(self.sae.config, self.sae.d_model, origin)
+        """A copy of the SAE for raw activations, on the CPU: what was learnt and the scale folded
+        into its weights."""
+        sae = SAE(self.sae.config, self.sae.d_model, origin, d_out=self.sae.d_out)
         sae.load_state_dict(self.sae.state_dict())
-        return rescale_(sae, 1 / self.scale)
+        learnt = {name: each.cpu() for name, each in self.learnt.items()}
+        self._architecture.fold_(sae.weights, sae.threshold, learnt, sae.config)
+        return self.normalisation.to("cpu").fold_(sae)
 
     def to_checkpoint(self) -> Checkpoint:
         """Everything that the rest of the run depends on."""
         tensors = {f"sae.{name}": each for name, each in self.sae.state_dict().items()}
+        tensors |= {f"learnt.{name}": each for name, each in self.learnt.items()}
+        tensors |= {f"adam.{name}": each for name, each in self._optimizer.tensors().items()}
+        tensors |= {f"scale.{k}": each.clone() for k, each in self.normalisation._asdict().items()}
         tensors["tokens_since_active"] = self.tokens_since_active
-        for name, weight in zip(Weights._fields, self.sae.weights, strict=True):
-            for key, value in self._optimizer.state[weight].items():
-                tensors[f"adam.{name}.{key}"] = value
         values = {
             "counters": dataclasses.asdict(self.counters),
-            "scale": self.scale,
+            "n_optimizer_steps": self._optimizer.n_steps,
             "variance": self.variance,
+            "widths": list(self._widths),
         }
         return Checkpoint(tensors, values)
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: Checkpoint, sae_config: SAEConfig, config: TrainConfig, d_model: int
+        cls,
+        checkpoint: Checkpoint,
+        sae_config: SAEConfig,
+        config: TrainConfig,
+        origin: Origin | None = None,
     ) -> TrainingState:
         """The state that to_checkpoint wrote."""
         tensors, values = checkpoint
-        sae = SAE(sae_config, d_model).to(config.device)
-        state = cls(sae, config, values["scale"], values["variance"])
+        normalisation = Normalisation(**_under("scale.", tensors))
+        d_in, d_out = len(normalisation.in_scale), len(normalisation.out_scale)
+        sae = SAE(sae_config, d_in, origin, d_out=d_out).to(config.device)
+        widths = tuple(values["widths"])
+        state = cls(sae, config, normalisation, values["variance"], widths)
         state.counters = Counters(**values["counters"])
         sae.load_state_dict(_under("sae.", tensors))
+        for name, each in _under("learnt.", tensors).items():
+            state.learnt[name].copy_(each)
         state.tokens_since_active.copy_(tensors["tokens_since_active"])
-        for name, weight in zip(Weights._fields, sae.weights, strict=True):
-            adam: dict[str, Any] = _under(f"adam.{name}.", tensors)
-            if adam:
-                state._optimizer.state[weight] = {
-                    key: value.to(weight.device) for key, value in adam.items()
-                }
+        state._optimizer.load_(_under("adam.", tensors), values["n_optimizer_steps"])
         return state
+
+    def _parameters(self) -> dict[str, Tensor]:
+        """Everything that is learnt, by name."""
+        named = {**self.sae.weights._asdict(), **self.learnt}
+        return named if self.sae.W_skip is None else {**named, "W_skip": self.sae.W_skip}
+
+    def _moment(self, x: Tensor, y: Tensor, n_rows: int) -> Moment:
+        sae, done = self.sae, progress(self.config, self.counters.step)
+        coefficient = 0.0
+        if isinstance(sae.config, PenaltyConfig):
+            coefficient = sae.config.coefficient_at(self.counters.log_coefficient, done)
+        target = y - sae.b_dec
+        return Moment(
+            x=target if sae.is_tied else x,
+            target=target if sae.W_skip is None else target - x @ sae.W_skip,
+            weights=sae.weights,
+            learnt=self.learnt,
+            threshold=sae.threshold,
+            coefficient=coefficient,
+            progress=done,
+            scale=1 / (n_rows * self.variance),
+            widths=self._widths,
+            kernels=sae.kernels,
+            team=self.team,
+        )
 
     def _auxk(self) -> AuxK | None:
         if self.config.auxk_coefficient == 0:
@@ -150,34 +230,54 @@ class TrainingState:
         dead_ids = self.is_dead.nonzero().squeeze(1)
         return AuxK(dead_ids, self.config.k_aux, self.config.auxk_coefficient)
 
-    def _prepare_(self, gradients: Weights) -> Tensor:
-        """Take the part along each decoder row away, and clip. Returns: the norm before that."""
-        W_dec = self.sae.W_dec
-        along = (gradients.W_dec * W_dec).sum(1, keepdim=True)
-        gradients.W_dec.addcmul_(along, W_dec, value=-1)
-        norm: Tensor = torch.stack([each.norm() for each in gradients]).norm()
-        limit = self.config.max_grad_norm
-        if limit is not None and norm > limit and norm.isfinite():
-            for each in gradients:
-                each.mul_(limit / norm)
+    def _prepare_(self, gradients: dict[str, Tensor]) -> Tensor:
+        """Bring gradients in line with the constraints. Returns: their norm, before clipping."""
+        config, weights, step = self.config, self.sae.weights, self.counters.step
+        if config.aligned:
+            align_gradients_(Weights(*(gradients[name] for name in Weights._fields)), weights)
+        if config.orthogonality_coefficient and step % ORTHOGONALITY_EVERY == 0:
+            coefficient = config.orthogonality_coefficient * ORTHOGONALITY_EVERY
+            seed = config.seed * 1_000_003 + step
+            add_orthogonality_(gradients["W_dec"], weights.W_dec, coefficient, seed)
+        if config.freeze_decoder:
+            del gradients["W_dec"]
+        else:
+            self.sae.kernels.remove_along_(gradients["W_dec"], weights.W_dec)
+        norm: Tensor = torch.stack([each.norm() for each in gradients.values()]).norm()
         return norm
 
-    def _apply_(self, step: Step, threshold: Tensor, lr: float, n_tokens: int) -> None:
+    def _apply_(self, step: Step, lr: float, grad_norm: float, n_rows: int, l0: float) -> None:
         """All that changes in a step: interrupted in here, the state is of no step."""
         self.is_between_steps = False
-        for weight, gradient in zip(self.sae.weights, step.gradients, strict=True):
-            weight.grad = gradient
-        self._optimizer.param_groups[0]["lr"] = lr
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self.sae.W_dec.div_(self.sae.W_dec.norm(dim=1, keepdim=True))
-        self.sae.threshold.copy_(threshold)
-        self.tokens_since_active += n_tokens
+        limit = self.config.max_grad_norm
+        grad_scale = limit / grad_norm if limit is not None and grad_norm > limit else 1.0
+        self._optimizer.step_(step.gradients, lr, grad_scale)
+        if self.config.aligned:
+            align_(self.sae.weights)
+        self.sae.threshold.copy_(step.threshold)
+        self.tokens_since_active += n_rows
         self.tokens_since_active[step.n_active > 0] = 0
-        self.counters.n_tokens += n_tokens
-        self.counters.n_skipped_in_a_row = 0
-        self.counters.step += 1
+        sae_config, counters = self.sae.config, self.counters
+        if isinstance(sae_config, PenaltyConfig):
+            done = progress(self.config, counters.step)
+            log_coefficient = counters.log_coefficient
+            counters.log_coefficient = sae_config.next_log_coefficient(log_coefficient, l0, done)
+        counters.n_tokens += n_rows
+        counters.n_skipped_in_a_row = 0
+        counters.step += 1
         self.is_between_steps = True
+
+    def _require_sane(self, loss: float, lr: float) -> None:
+        """Raises: DivergedError if the loss has grown beyond hope."""
+        counters = self.counters
+        if counters.first_loss is None:
+            counters.first_loss = loss
+        if loss > DIVERGED * max(counters.first_loss, 1.0):
+            raise DivergedError(
+                f"training diverged at step {counters.step}: the loss is {loss:.3g}, after "
+                f"{counters.first_loss:.3g} at the first step; lower lr={lr:.3g}, or raise "
+                "warmup_steps"
+            )
 
     def _skip_(self) -> None:
         counters = self.counters
@@ -192,7 +292,7 @@ class TrainingState:
             )
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Tensors whose name begins with prefix, without it."""
     return {
         name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)

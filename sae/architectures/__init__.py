@@ -6,11 +6,27 @@ from typing import Any
 
 from sae.architectures.base import Architecture
 from sae.architectures.batch_topk import BatchTopK, BatchTopKConfig
+from sae.architectures.gated import Gated, GatedConfig
+from sae.architectures.hierarchical_topk import HierarchicalTopK, HierarchicalTopKConfig
+from sae.architectures.jumprelu import JumpReLU, JumpReLUConfig
+from sae.architectures.matryoshka import Matryoshka, MatryoshkaConfig
+from sae.architectures.relu import ReLU, ReLUConfig
 from sae.architectures.topk import TopK, TopKConfig
 from sae.config import SAEConfig
 from sae.errors import ConfigError
 
-ARCHITECTURES: dict[str, Architecture] = {each.name: each for each in (TopK(), BatchTopK())}
+ARCHITECTURES: dict[str, Architecture] = {
+    each.name: each
+    for each in (
+        BatchTopK(),
+        TopK(),
+        Matryoshka(),
+        HierarchicalTopK(),
+        JumpReLU(),
+        Gated(),
+        ReLU(),
+    )
+}
 
 
 def architecture_of(config: SAEConfig) -> Architecture:
@@ -41,6 +57,16 @@ __all__ = [
     "Architecture",
     "BatchTopK",
     "BatchTopKConfig",
+    "Gated",
+    "GatedConfig",
+    "HierarchicalTopK",
+    "HierarchicalTopKConfig",
+    "JumpReLU",
+    "JumpReLUConfig",
+    "Matryoshka",
+    "MatryoshkaConfig",
+    "ReLU",
+    "ReLUConfig",
     "TopK",
     "TopKConfig",
     "architecture_of",

@@ -7,12 +7,11 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from sae.architectures.base import Architecture, Selection
+from sae.architectures.base import Architecture, Forward, Moment, top_of_all_batches
 from sae.architectures.topk import TopKConfig
-from sae.codes import Codes
 from sae.config import SAEConfig
-from sae.nomination import nominated_top_of_batch
-from sae.selection import CANDIDATE_MARGIN, PreActs, above_threshold, top_of_batch
+from sae.kernels import PreActs
+from sae.kernels.selection import CANDIDATE_MARGIN, top_of_batch
 
 # Weight of the newest batch in the running mean that the threshold is in training.
 THRESHOLD_RATE = 0.05
@@ -38,28 +37,18 @@ class BatchTopK(Architecture):
     name: ClassVar[str] = "batch_topk"
     config_class: ClassVar[type[SAEConfig]] = BatchTopKConfig
 
-    def select_training(self, pre_acts: PreActs, config: SAEConfig, threshold: Tensor) -> Selection:
+    def forward(self, pre_acts: PreActs, config: SAEConfig, at: Moment) -> Forward:
         """The batch * k largest, and the running mean moved towards the smallest of them."""
-        n_keep = cast(BatchTopKConfig, config).k * len(pre_acts.x)
-        choose = nominated_top_of_batch if pre_acts.nominate else top_of_batch
-        codes, smallest = choose(pre_acts, n_keep, expected=float(threshold))
-        smallest = smallest.to(threshold.dtype)
+        k, threshold = cast(TopKConfig, config).k_at(at.progress), at.threshold
+        made = top_of_all_batches(pre_acts, k, float(threshold), at)
+        smallest = made.threshold.to(threshold.dtype)
         mean = torch.lerp(threshold, smallest, THRESHOLD_RATE)
         # A mean that has fallen behind costs a second product in every step: begin it anew.
         is_useful = (threshold > 0) & (smallest > CANDIDATE_MARGIN * threshold)
-        return Selection(codes, torch.where(is_useful, mean, smallest))
-
-    def select(self, pre_acts: PreActs, config: SAEConfig, threshold: Tensor) -> Codes:
-        """All pre-activations above the threshold."""
-        del config
-        return above_threshold(pre_acts, threshold)
-
-    def expected_l0(self, config: SAEConfig) -> float | None:
-        """k, as a mean over rows."""
-        return float(cast(BatchTopKConfig, config).k)
+        return made._replace(threshold=torch.where(is_useful, mean, smallest))
 
     def calibrate(self, pre_acts: PreActs, config: SAEConfig, threshold: Tensor) -> Tensor:
         """The smallest act that this batch keeps: above it, L0 here is k but for that one."""
-        n_keep = cast(BatchTopKConfig, config).k * len(pre_acts.x)
+        n_keep = cast(TopKConfig, config).k * len(pre_acts.x)
         smallest = top_of_batch(pre_acts, n_keep, expected=float(threshold)).smallest
         return smallest.to(threshold.dtype)

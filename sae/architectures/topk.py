@@ -7,17 +7,22 @@ from typing import ClassVar, cast
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from sae.architectures.base import Architecture, Selection
+from sae.architectures.base import Architecture, Forward, Moment
 from sae.codes import Codes
 from sae.config import SAEConfig
-from sae.nomination import nominated_top_k_of_rows
-from sae.selection import PreActs, top_k_of_rows
+from sae.kernels import Kernels, PreActs
 
 
 class TopKConfig(SAEConfig):
     """TopK: the k largest features of each row are active."""
 
     k: int = Field(gt=0, description="Active features a row.")
+    k_start: int | None = Field(
+        default=None, gt=0, description="Larger k to begin with (K-annealing). None: k throughout."
+    )
+    k_anneal_fraction: float = Field(
+        default=0.5, gt=0, le=1, description="Part of training in which k_start falls to k."
+    )
 
     @model_validator(mode="after")
     def _k_fits(self) -> TopKConfig:
@@ -25,7 +30,24 @@ class TopKConfig(SAEConfig):
             raise ValueError(
                 f"k={self.k} is more than d_sae={self.d_sae} features; lower k or raise d_sae"
             )
+        if self.k_start is not None and not self.k <= self.k_start <= self.d_sae:
+            raise ValueError(
+                f"k_start={self.k_start} falls to k={self.k} of d_sae={self.d_sae} features; give "
+                "one between them"
+            )
         return self
+
+    @property
+    def expected_l0(self) -> float | None:
+        """k; of BatchTopK as a mean over rows."""
+        return float(self.k)
+
+    def k_at(self, progress: float) -> int:
+        """k after a fraction of training: linearly from k_start to k."""
+        if self.k_start is None:
+            return self.k
+        left = max(0.0, 1 - progress / self.k_anneal_fraction)
+        return self.k + round((self.k_start - self.k) * left)
 
 
 class TopK(Architecture):
@@ -43,16 +65,14 @@ class TopK(Architecture):
     name: ClassVar[str] = "topk"
     config_class: ClassVar[type[SAEConfig]] = TopKConfig
 
-    def select_training(self, pre_acts: PreActs, config: SAEConfig, threshold: Tensor) -> Selection:
-        """The same as at inference."""
-        choose = nominated_top_k_of_rows if pre_acts.nominate else top_k_of_rows
-        return Selection(choose(pre_acts, cast(TopKConfig, config).k), threshold)
-
-    def select(self, pre_acts: PreActs, config: SAEConfig, threshold: Tensor) -> Codes:
+    def select(
+        self, pre_acts: PreActs, config: SAEConfig, threshold: Tensor, kernels: Kernels
+    ) -> Codes:
         """The k largest positive pre-activations of each row."""
         del threshold
-        return top_k_of_rows(pre_acts, cast(TopKConfig, config).k)
+        return kernels.top_k_of_rows(pre_acts, cast(TopKConfig, config).k)
 
-    def expected_l0(self, config: SAEConfig) -> float | None:
-        """k."""
-        return float(cast(TopKConfig, config).k)
+    def forward(self, pre_acts: PreActs, config: SAEConfig, at: Moment) -> Forward:
+        """The same as at inference."""
+        k = cast(TopKConfig, config).k_at(at.progress)
+        return Forward(at.kernels.top_k_of_rows(pre_acts, k), at.threshold)

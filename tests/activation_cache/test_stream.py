@@ -54,8 +54,8 @@ def _read_as_trainer(
     for step, x in enumerate(itertools.islice(batches, n), start + 1):
         yield x
         time.sleep(slow_s)
-        if stream.wants_checkpoint(step * batch_size, HOOKPOINT):
-            stream.release(step * batch_size, HOOKPOINT)
+        if stream.wants_checkpoint(step * batch_size, [HOOKPOINT]):
+            stream.release(step * batch_size, [HOOKPOINT])
 
 
 def _shard_bytes_on_disk(folder: Path) -> int:
@@ -150,10 +150,10 @@ def test_sample_is_of_the_pool_near_a_row(
     tiny_lm: LanguageModel, tiny_corpus: list[str], tmp_path: Path
 ) -> None:
     with _open(tiny_lm, tiny_corpus, tmp_path / "s", max_disk_bytes=BUDGET) as stream:
-        first = torch.cat(list(stream.sample(HOOKPOINT, 40, seed=3)))
+        first = rows_of(stream.aligned_sample([HOOKPOINT], 40, seed=3))
         batches = list(_read_as_trainer(stream, 30))
         assert torch.equal(first[:40], batches[0])
-        last = torch.cat(list(stream.sample(HOOKPOINT, 40, seed=3, near_row=30 * 40 - 1)))
+        last = rows_of(stream.aligned_sample([HOOKPOINT], 40, seed=3, near_row=30 * 40 - 1))
         assert tuple(batches[-1][-1].tolist()) in {tuple(row) for row in last.tolist()}
 
 
@@ -162,7 +162,7 @@ def test_pool_that_is_gone_is_made_again(
 ) -> None:
     with _open(tiny_lm, tiny_corpus, tmp_path / "s", max_disk_bytes=BUDGET) as stream:
         whole = list(_read_as_trainer(stream, 40))
-        assert stream.wants_checkpoint(40 * 40, HOOKPOINT) is False
+        assert stream.wants_checkpoint(40 * 40, [HOOKPOINT]) is False
         again = list(_read_as_trainer(stream, 40))
         for a, b in zip(again, whole, strict=True):
             assert torch.equal(a, b)

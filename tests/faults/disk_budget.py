@@ -51,11 +51,11 @@ def read_stream(lm: LanguageModel, *, folder: str, slow_s: float) -> list[str]:
             hashes.append(hashlib.sha256(x.numpy().tobytes()).hexdigest())
             time.sleep(slow_s)
             n_rows = len(hashes) * BATCH
-            if len(hashes) % 7 == 0 or stream.wants_checkpoint(n_rows, HOOKPOINT):
+            if len(hashes) % 7 == 0 or stream.wants_checkpoint(n_rows, [HOOKPOINT]):
                 aside = checkpoint.with_suffix(".new")
                 aside.write_text(json.dumps(hashes))
                 aside.replace(checkpoint)
-                stream.release(n_rows, HOOKPOINT)
+                stream.release(n_rows, [HOOKPOINT])
     return hashes
 
 

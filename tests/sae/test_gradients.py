@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sae.codes import Codes
 from sae.gradients import AuxK, Weights, loss_and_gradients
-from sae.selection import PreActs, top_k_of_rows, top_of_batch
+from sae.kernels.selection import PreActs, top_k_of_rows, top_of_batch
 
 BATCH, D_MODEL, D_SAE, K = 700, 24, 90, 5  # more rows than a tile
 VARIANCE = 3.7

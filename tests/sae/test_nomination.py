@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import sae.nomination
+import sae.kernels.nomination
 from sae import BatchTopKConfig, ConfigError, TensorSource, TopKConfig, TrainConfig, train
 from sae.codes import Codes
-from sae.nomination import estimate, nominated_top_k_of_rows, nominated_top_of_batch
+from sae.kernels.nomination import estimate, nominated_top_k_of_rows, nominated_top_of_batch
+from sae.kernels.selection import PreActs, top_k_of_rows, top_of_batch
 from sae.schedule import resolve
-from sae.selection import PreActs, top_k_of_rows, top_of_batch
 
 if TYPE_CHECKING:
     from tests.sae.conftest import Planted
@@ -69,13 +69,13 @@ def test_top_of_batch_is_that_of_float32(spread: float, guess: float) -> None:
 def test_doubtful_rows_are_chosen_again_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the second look the choice is wrong, so the test before can fail."""
     pre_acts = make(0.003)
-    certain = torch.cat([each[2] for each in sae.nomination._top_k_tiles(pre_acts, K)])
+    certain = torch.cat([each[2] for each in sae.kernels.nomination._top_k_tiles(pre_acts, K)])
     assert not certain.all()
 
     def trust(estimates: object, cutoff: Tensor, start: int) -> Tensor:
         return torch.full((len(cutoff),), -1.0)
 
-    monkeypatch.setattr(sae.nomination.Estimates, "upper", trust)
+    monkeypatch.setattr(sae.kernels.nomination.Estimates, "upper", trust)
     assert not same_choice(top_k_of_rows(pre_acts, K), nominated_top_k_of_rows(pre_acts, K))
 
 

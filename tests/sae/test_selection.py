@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sae.codes import Codes
-from sae.selection import PreActs, above_threshold, top_k_of_rows, top_of_batch
+from sae.kernels.selection import PreActs, above_threshold, top_k_of_rows, top_of_batch
 
 
 def scores_as_pre_acts(scores: Tensor) -> PreActs:

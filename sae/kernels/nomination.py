@@ -24,18 +24,15 @@ import torch
 from torch import Tensor
 
 from sae.codes import Codes
-from sae.embedding_bags import dot_by_entry
-from sae.selection import (
-    CANDIDATE_MARGIN,
-    BatchChoice,
+from sae.kernels.embedding_bags import dot_by_entry
+from sae.kernels.selection import (
     PreActs,
+    above_threshold,
     codes_of_flat,
     codes_of_rows,
-    keep_largest,
     largest_of_rows,
     top_k_ids,
     top_k_of_rows,
-    top_of_batch,
 )
 
 UNIT = 2.0**-7
@@ -103,34 +100,30 @@ def _top_k_tiles(pre_acts: PreActs, k: int) -> Iterator[tuple[Tensor, Tensor, Te
         yield candidates.gather(1, places), chosen, is_certain
 
 
-def nominated_top_of_batch(pre_acts: PreActs, n_keep: int, expected: float) -> BatchChoice:
-    """top_of_batch, nominating in bfloat16 where the smallest act can be foretold."""
-    target = CANDIDATE_MARGIN * expected
-    if target <= 0:
-        return top_of_batch(pre_acts, n_keep, expected)
-    flat = _nominated_above(estimate(pre_acts), target)
-    if len(flat) < n_keep:
-        return top_of_batch(pre_acts, n_keep, expected)
-    acts = _rescored_flat(pre_acts, flat)
-    if len(acts) > n_keep:
-        flat, acts = keep_largest(flat, acts, n_keep)
-    smallest = acts.min()
-    if float(smallest) < target:  # a feature that wasn't nominated could be as large
-        return top_of_batch(pre_acts, n_keep, expected)
-    return BatchChoice(codes_of_flat(flat, acts, pre_acts), smallest)
+def nominated_above_threshold(pre_acts: PreActs, threshold: Tensor) -> Codes:
+    """above_threshold, nominating in bfloat16 where every threshold is positive."""
+    if not bool((threshold > 0).all()):
+        return above_threshold(pre_acts, threshold)
+    flat = _nominated_above(pre_acts, threshold)
+    codes = codes_of_flat(flat, pre_acts.x.new_empty(len(flat)), pre_acts)
+    scores = dot_by_entry(codes, pre_acts.x, pre_acts.W) + pre_acts.b[codes.feature_ids]
+    limits = threshold[codes.feature_ids] if threshold.dim() else threshold
+    return Codes(scores, codes.feature_ids, codes.offsets).where(scores > limits)
 
 
-def _nominated_above(estimates: Estimates, target: float) -> Tensor:
-    """Flat positions of all scores that may reach target > 0: [n] int64, ascending."""
-    # Whatever isn't above lower has s' + UNIT |s'| + slack < target, lower's rounding included.
-    lower = target - estimates.slack
-    lower = torch.where(lower > 0, lower * (1 - 2 * UNIT), lower * (1 + 2 * UNIT))
-    lower = lower.bfloat16().unsqueeze(1)
-    parts = []
+def _nominated_above(pre_acts: PreActs, threshold: Tensor) -> Tensor:
+    """Flat positions, ascending, of all scores that may be above threshold: [n] int64."""
+    estimates = estimate(pre_acts)
+    flats = [torch.empty(0, dtype=torch.int64, device=pre_acts.x.device)]
     for start, low in estimates.pre_acts.tiles():
-        flat = (low > lower[start : start + len(low)]).view(-1).nonzero().squeeze(1)
-        parts.append(flat + start * low.shape[1])
-    return torch.cat(parts)
+        slack = estimates.slack[start : start + len(low)]
+        # A row for each threshold or, where features differ in it, one for the whole tile.
+        lower = threshold - (slack.max() if threshold.dim() else slack.unsqueeze(1))
+        # What isn't above lower has s' + UNIT |s'| + slack < threshold, lower's rounding included.
+        lower = torch.where(lower > 0, lower * (1 - 2 * UNIT), lower * (1 + 2 * UNIT))
+        flat = (low > lower.bfloat16()).view(-1).nonzero().squeeze(1)
+        flats.append(flat + start * low.shape[1])
+    return torch.cat(flats)
 
 
 def _rescored(pre_acts: PreActs, ids: Tensor, start: int) -> Tensor:
@@ -141,9 +134,3 @@ def _rescored(pre_acts: PreActs, ids: Tensor, start: int) -> Tensor:
     x = pre_acts.x[start : start + n_rows]
     dots = dot_by_entry(Codes(x.new_empty(n_rows * n), flat, offsets), x, pre_acts.W)
     return (dots + pre_acts.b[flat]).view(n_rows, n)
-
-
-def _rescored_flat(pre_acts: PreActs, flat: Tensor) -> Tensor:
-    """Float32 scores at ascending flat positions: [n]."""
-    codes = codes_of_flat(flat, pre_acts.x.new_empty(len(flat)), pre_acts)
-    return dot_by_entry(codes, pre_acts.x, pre_acts.W) + pre_acts.b[codes.feature_ids]

@@ -7,7 +7,7 @@ then by feature_id, so every choice is exact and deterministic.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -30,13 +30,11 @@ class PreActs(NamedTuple):
     """Pre-activations that aren't computed yet: x @ W.T + b.
 
     x: [batch, d_model], centred. W: [d_sae, d_model], the encoder feature by feature. b: [d_sae].
-    nominate: whether a choice may be prepared in bfloat16 (see sae.nomination); it stays the same.
     """
 
     x: Tensor
     W: Tensor
     b: Tensor
-    nominate: bool = False
 
     def tiles(self) -> Iterator[tuple[int, Tensor]]:
         """First row and scores [tile, d_sae] of each tile; the scores' memory is used again."""
@@ -62,25 +60,36 @@ def top_k_of_rows(pre_acts: PreActs, k: int) -> Codes:
 
 
 def above_threshold(pre_acts: PreActs, threshold: Tensor) -> Codes:
-    """All pre-activations above a threshold >= 0: a scalar or [d_sae]."""
-    flat, acts = _candidates(pre_acts, threshold)
-    return codes_of_flat(flat, acts, pre_acts)
+    """All pre-activations above a threshold: a scalar or [d_sae]. Below 0, so are the acts."""
+    flats, values = [], []
+    for start, scores in pre_acts.tiles():
+        flat = (scores > threshold).view(-1).nonzero().squeeze(1)
+        values.append(scores.view(-1)[flat])
+        flats.append(flat + start * scores.shape[1])
+    if not flats:
+        return _no_codes(pre_acts)
+    return codes_of_flat(torch.cat(flats), torch.cat(values), pre_acts)
 
 
-def top_of_batch(pre_acts: PreActs, n_keep: int, expected: float) -> BatchChoice:
+def top_of_batch(
+    pre_acts: PreActs,
+    n_keep: int,
+    expected: float,
+    above: Callable[[PreActs, Tensor], Codes] = above_threshold,
+) -> BatchChoice:
     """The n_keep largest positive pre-activations of the whole batch (all, if fewer are positive).
 
     expected: a guess at the smallest act that will be kept; <= 0 means unknown. It affects only
     speed: when too few candidates lie above it, the product is made again with a lower one.
+    above: how candidates are found, as above_threshold finds them.
     """
     for lower in _falling_thresholds(pre_acts, n_keep, expected):
-        flat, acts = _candidates(pre_acts, lower)
-        if len(acts) >= n_keep:
+        codes = above(pre_acts, pre_acts.b.new_tensor(lower))
+        if codes.nnz >= n_keep:
             break
-    if len(acts) > n_keep:
-        flat, acts = keep_largest(flat, acts, n_keep)
-    smallest = acts.min() if len(acts) else acts.new_zeros(())
-    return BatchChoice(codes_of_flat(flat, acts, pre_acts), smallest)
+    codes = keep_largest(codes, n_keep)
+    smallest = codes.acts.min() if codes.nnz else codes.acts.new_zeros(())
+    return BatchChoice(codes, smallest)
 
 
 def largest_of_rows(scores: Tensor, k: int) -> Tensor:
@@ -129,19 +138,6 @@ def _top_k_of_tile(scores: Tensor, k: int) -> Codes:
     return codes_of_rows(ids, scores.gather(1, ids))
 
 
-def _candidates(pre_acts: PreActs, lower: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Flat positions row * d_sae + feature_id, ascending, and values of the scores above lower."""
-    flats, values = [], []
-    for start, scores in pre_acts.tiles():
-        flat = (scores > lower).view(-1).nonzero().squeeze(1)
-        values.append(scores.view(-1)[flat])
-        flats.append(flat + start * scores.shape[1])
-    if not flats:
-        empty = _no_codes(pre_acts)
-        return empty.feature_ids, empty.acts
-    return torch.cat(flats), torch.cat(values)
-
-
 def _falling_thresholds(pre_acts: PreActs, n_keep: int, expected: float) -> Iterator[float]:
     """Thresholds to look for candidates above, cheapest first; the last, 0, is always enough."""
     if expected > 0:
@@ -164,13 +160,16 @@ def _guess_smallest(pre_acts: PreActs, n_keep: int) -> float:
     return 0.0
 
 
-def keep_largest(flat: Tensor, acts: Tensor, n_keep: int) -> tuple[Tensor, Tensor]:
-    """The n_keep largest acts, in the order given; of equal acts, the first."""
+def keep_largest(codes: Codes, n_keep: int) -> Codes:
+    """The n_keep largest acts of all rows together (all, if fewer); of equal acts, the first."""
+    acts = codes.acts
+    if len(acts) <= n_keep:
+        return codes
     smallest = acts.kthvalue(len(acts) - n_keep + 1).values
     is_kept = acts > smallest
     n_missing = n_keep - int(is_kept.sum())
     is_kept[(acts == smallest).nonzero().squeeze(1)[:n_missing]] = True
-    return flat[is_kept], acts[is_kept]
+    return codes.where(is_kept)
 
 
 def codes_of_flat(flat: Tensor, acts: Tensor, pre_acts: PreActs) -> Codes:
@@ -182,4 +181,4 @@ def codes_of_flat(flat: Tensor, acts: Tensor, pre_acts: PreActs) -> Codes:
 
 def _no_codes(pre_acts: PreActs) -> Codes:
     ids = torch.empty(0, dtype=torch.int64, device=pre_acts.x.device)
-    return Codes(pre_acts.x.new_empty(0), ids, ids.new_zeros(1))
+    return Codes(pre_acts.x.new_empty(0), ids, ids.new_zeros(len(pre_acts.x) + 1))

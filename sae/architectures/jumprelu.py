@@ -1,0 +1,148 @@
+"""JumpReLU: a threshold for each feature, learnt through its jump. Two recipes."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sae.architectures.base import Architecture, Forward, Moment, Push
+from sae.codes import Codes
+from sae.config import SAEConfig
+from sae.gradients import Reconstruction, Weights
+from sae.kernels import PreActs
+from sae.sparsity import PenaltyConfig
+
+# Of the tanh recipe: see JumpReLU.
+TANH_C = 4.0
+PRE_ACT_COEFFICIENT = 3e-6
+
+
+class JumpReLUConfig(PenaltyConfig):
+    """JumpReLU: a feature is active where its pre-activation passes its own threshold."""
+
+    recipe: Literal["l0", "tanh"] = Field(
+        default="l0",
+        description="Penalty: l0 (Rajamanoharan et al. 2024), or tanh (Anthropic, January 2025).",
+    )
+    coefficient: float = Field(
+        default=0.001,
+        gt=0,
+        description="Weight of the penalty, of rows scaled to a mean squared norm of 1 (l0) or "
+        "d_model (tanh, where 5 is usual); with target_l0, where it starts.",
+    )
+    bandwidth: float | None = Field(
+        default=None,
+        gt=0,
+        description="Width of the window around the threshold that its gradient comes from. None: "
+        "0.001 sqrt(d_model) with l0, 2 with tanh.",
+    )
+    threshold_init: float | None = Field(
+        default=None,
+        gt=0,
+        description="Thresholds' start. None: 0.001 sqrt(d_model) with l0, 0.1 with tanh.",
+    )
+
+
+class JumpReLU(Architecture):
+    """Pre-activations above their feature's threshold.
+
+        pre_acts = (x - b_dec) @ W_enc + b_enc
+        acts     = pre_acts where pre_acts > threshold, 0 elsewhere; threshold [d_sae] = exp(t)
+        x_hat    = acts @ W_dec + b_dec
+
+    The jump has no gradient; a rectangle K(u) = 1 for |u| < 1/2, stretched over the bandwidth w
+    around it, estimates one: d acts / d threshold = -threshold / w K((pre_acts - threshold) / w).
+
+    recipe l0:   loss = |x - x_hat|^2 + coefficient d_model L0, whose own estimate is
+                 d L0 / d threshold = -1 / w K(...); only thresholds learn through the jump.
+    recipe tanh: loss = |x - x_hat|^2 + coefficient sum tanh(4 acts)
+                 + 3e-6 sum ReLU(threshold - pre_acts); all weights learn through the jump:
+                 d acts / d pre_acts = 1 where active, + pre_acts / w K(...).
+
+    Source: l0: Rajamanoharan et al. 2024, arXiv 2407.14435; tanh:
+    transformer-circuits.pub/2025/january-update, with decoder rows of norm 1.
+    """
+
+    name: ClassVar[str] = "jumprelu"
+    config_class: ClassVar[type[SAEConfig]] = JumpReLUConfig
+
+    def threshold_shape(self, config: SAEConfig) -> tuple[int, ...]:
+        """One for each feature."""
+        return (config.d_sae,)
+
+    def start(self, weights: Weights, config: SAEConfig) -> dict[str, Tensor]:
+        """log_threshold: [d_sae]."""
+        chosen = cast(JumpReLUConfig, config)
+        threshold = chosen.threshold_init or _default(chosen, weights, l0=0.001, tanh=0.1)
+        return {"log_threshold": torch.full_like(weights.b_enc, math.log(threshold))}
+
+    def fold_(
+        self, weights: Weights, threshold: Tensor, learnt: dict[str, Tensor], config: SAEConfig
+    ) -> None:
+        """The thresholds."""
+        del weights, config
+        threshold.copy_(learnt["log_threshold"].exp())
+
+    def forward(self, pre_acts: PreActs, config: SAEConfig, at: Moment) -> Forward:
+        """All that are active, and all whose pre-activation is in the window."""
+        chosen, threshold = cast(JumpReLUConfig, config), at.learnt["log_threshold"].exp()
+        lowest = threshold - _bandwidth(chosen, at.weights) / 2
+        if chosen.recipe == "l0":  # which works on ReLU(pre_acts)
+            lowest = lowest.clamp(min=0)
+        codes = at.kernels.above_threshold(pre_acts, lowest)
+        is_active = codes.acts > threshold[codes.feature_ids]
+        active = Codes(codes.acts * is_active, codes.feature_ids, codes.offsets)
+        return Forward(active, threshold, is_active, tape=codes.acts)
+
+    def backward(self, made: Forward, found: Reconstruction, config: SAEConfig, at: Moment) -> Push:
+        """Of pre-activations and thresholds, as the recipe has it."""
+        chosen, ids = cast(JumpReLUConfig, config), made.codes.feature_ids
+        assert made.is_active is not None
+        is_active, threshold = made.is_active.to(found.dots.dtype), made.threshold[ids]
+        width = _bandwidth(chosen, at.weights)
+        window = ((made.tape - threshold).abs() < width / 2) / width  # K / w
+        acts_grad = found.dots * (-2 * at.scale)
+        if chosen.recipe == "l0":
+            factor = at.coefficient * at.scale * at.weights.W_dec.shape[1]
+            of_threshold = -window * (threshold * acts_grad + factor)
+            penalty = is_active.sum() * factor
+            return Push(acts_grad * is_active, penalty, learnt=_logs(made, ids, of_threshold))
+        factor = at.coefficient * at.scale
+        tanh = (TANH_C * made.codes.acts).tanh()
+        acts_grad = acts_grad + factor * TANH_C * (1 - tanh.square())
+        inactive = PRE_ACT_COEFFICIENT * at.scale
+        of_entry = acts_grad * (is_active + made.tape * window) + inactive * is_active
+        learnt = _logs(made, ids, -window * threshold * acts_grad - inactive * is_active)
+        learnt["log_threshold"] += inactive * at.n_rows * made.threshold
+        penalty = tanh.sum() * factor + inactive * _below(made, at)
+        return Push(of_entry, penalty, uniform=-inactive, learnt=learnt)
+
+
+def _logs(made: Forward, ids: Tensor, of_threshold: Tensor) -> dict[str, Tensor]:
+    """Entries' gradients of thresholds, added up by feature, as gradients of their logs."""
+    sums = torch.zeros_like(made.threshold).index_add_(0, ids, of_threshold)
+    return {"log_threshold": sums * made.threshold}
+
+
+def _below(made: Forward, at: Moment) -> Tensor:
+    """Sum over rows and features of ReLU(threshold - pre_acts): all, less those that are active."""
+    sums = (
+        at.x.sum(0) @ at.weights.W_enc.T + at.n_rows * at.weights.b_enc
+    )  # of pre_acts, by feature
+    everywhere = (made.threshold * at.n_rows - sums).sum()
+    above = (made.threshold[made.codes.feature_ids] - made.tape) * made.is_active
+    below: Tensor = everywhere - above.sum()
+    return below
+
+
+def _bandwidth(config: JumpReLUConfig, weights: Weights) -> float:
+    return config.bandwidth or _default(config, weights, l0=0.001, tanh=2.0)
+
+
+def _default(config: JumpReLUConfig, weights: Weights, *, l0: float, tanh: float) -> float:
+    """A recipe's default; that of l0 is for rows of mean squared norm 1."""
+    return l0 * math.sqrt(weights.W_enc.shape[1]) if config.recipe == "l0" else tanh
