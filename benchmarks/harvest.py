@@ -75,7 +75,6 @@ def measure(args: argparse.Namespace, lm: LanguageModel) -> list[dict[str, Any]]
                 hookpoints=hookpoints,
                 out=Path(folder) / "acts",
                 n_tokens=args.tokens,
-                max_doc_tokens=1_000,
                 ctx_len=args.ctx_len,
                 batch_blocks=BATCH_BLOCKS,
                 storage_dtype=args.storage_dtype or str(lm.dtype).removeprefix("torch."),
