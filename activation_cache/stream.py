@@ -33,7 +33,7 @@ from .parts import text_provenance
 from .pool_producer import PoolProducer, selection_of, shard_bytes_of
 from .pools import POOLS, STREAM, Journal, PoolRecord, StreamPlan, joint
 from .production import Producer
-from .read_ahead import one_ahead_on_gpu
+from .read_ahead import copied_ahead
 from .row_selection import Split
 from .shuffle import Blocks, Epoch, shuffled_batches
 from .store import LocalStore, Store
@@ -225,8 +225,7 @@ class ActivationStream:
             rank=rank,
             world_size=world_size,
         )
-        batches = one_ahead_on_gpu(batches, to) if to.type == "cuda" else batches
-        return self._until_closed(batches, is_over)
+        return self._until_closed(copied_ahead(batches, to), is_over)
 
     def sample(
         self, hookpoint: str, batch_size: int, *, seed: int = 0, near_row: int = 0
