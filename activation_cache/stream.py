@@ -328,7 +328,8 @@ def _require_budget(max_disk_bytes: int, config: HarvestConfig) -> None:
     if 0 < max_disk_bytes < 2 * config.shard_bytes:
         raise CacheError(
             f"max_disk={max_disk_bytes:,} bytes is less than two shards of "
-            f"{config.shard_bytes:,}: raise it, lower shard_bytes, or give 0 to keep rows in memory"
+            f"{config.shard_bytes:,}: raise it, lower harvest.shard_bytes, or give 0 to keep rows "
+            "in memory"
         )
 
 
@@ -349,7 +350,7 @@ def _planned(
             raise CacheMismatch(
                 f"max_disk={max_disk_bytes:,} bytes is less than two shards of "
                 f"{shard_bytes_of(fingerprint, n_rows):,} with {len(fingerprint.hookpoints)} "
-                "hookpoints: raise it, or lower shard_bytes"
+                "hookpoints: raise it, or lower harvest.shard_bytes"
             )
     else:
         pass_rows = fingerprint.batch_blocks * fingerprint.ctx_len
