@@ -181,14 +181,13 @@ class ActivationStream:
 
         epochs: None; a stream has none.
         """
-        self._require_train(split)
-        if epochs is not None:
-            raise CacheError(f"epochs={epochs}: a stream has no epochs; give None")
         aligned = self.aligned_batches(
             [hookpoint],
             batch_size,
             seed=seed,
+            split=split,
             start_batch=start_batch,
+            epochs=epochs,
             rank=rank,
             world_size=world_size,
             device=device,
@@ -202,13 +201,18 @@ class ActivationStream:
         batch_size: int,
         *,
         seed: int = 0,
+        split: Split = "train",
         start_batch: int = 0,
+        epochs: int | None = None,
         rank: int = 0,
         world_size: int = 1,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Iterator[dict[str, Tensor]]:
         """Like `batches`, at one or at all hookpoints: row i is the same token at each."""
+        self._require_train(split)
+        if epochs is not None:
+            raise CacheError(f"epochs={epochs}: a stream has no epochs; give None")
         rows_per_pool = self._plan.shard_rows * self._plan.shards_per_pool
         if batch_size * MIN_BATCHES_PER_POOL > rows_per_pool:
             raise CacheError(
