@@ -82,8 +82,8 @@ def steer(
     """
     if sae.wiring is not None and (not sae.is_tied or not sae.has_one_output):
         raise SteeringError(
-            f"steering edits the place that an SAE reconstructs; this one is wired {sae.wiring.name}"
-            ": pass an SAE of one place"
+            "steering edits the one place that an SAE reads and reconstructs; this one is wired "
+            f"{sae.wiring.name}: pass an SAE of one place"
         )
     place = hookpoint or sae.hookpoint
     if place is None:
