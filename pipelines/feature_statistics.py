@@ -60,14 +60,15 @@ def max_cosines(directions: Tensor, n_compared: int = N_COMPARED) -> Tensor:
 
     Of more than n_compared rows, evenly chosen ones are compared with all. Returns: [n_compared].
     """
-    unit = directions / directions.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    unit: Tensor = directions / directions.norm(dim=1, keepdim=True).clamp(min=1e-12)
     n = len(unit)
     if n < 2:
-        return unit.new_zeros(0)
+        return torch.zeros(0)
     chosen = torch.arange(n) if n <= n_compared else torch.linspace(0, n - 1, n_compared).long()
-    found = list[Tensor]()
+    found: list[Tensor] = []
     for ids in chosen.split(_ROWS):
         cosines: Tensor = unit[ids] @ unit.T  # [rows, n]
         cosines[torch.arange(len(ids)), ids] = -1
         found.append(cosines.amax(1))
-    return torch.cat(found)
+    together: Tensor = torch.cat(found)
+    return together

@@ -114,7 +114,7 @@ def _join(ranks: Ranks) -> Store:
         torch.cuda.set_device(int(local))
     try:
         met = rendezvous("env://", ranks.rank, ranks.world_size, timeout=_START_TIMEOUT)
-        store, _, _ = next(iter(met))
+        store: Store = next(iter(met))[0]
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if has_gpus else "gloo",
             store=store,

@@ -19,7 +19,6 @@ from .run_record import RunRecord, read_runs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 SUFFIXES = (".html", ".png", ".svg")
 _DPI = 100

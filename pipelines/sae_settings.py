@@ -18,6 +18,8 @@ from sae.architectures import ARCHITECTURES, config_of
 from .errors import PipelineError
 
 DEFAULT_ARCHITECTURE = "batch_topk"
+OF_EVERY_ARCHITECTURE = Group("Of every architecture", sort_key=(2, 0))
+"""Headings of --help stand in the order of their keys."""
 if TYPE_CHECKING:
     ArchitectureName = str
 else:
@@ -75,7 +77,7 @@ def _flag(setting: str) -> Any:
     is_list = any(str(each).startswith("tuple") for each in (first.annotation, *_parts(first)))
     parameter = Parameter(
         help=f"{_description(fields)} [{_defaults(fields)}]",
-        group=None if len(fields) == len(ARCHITECTURES) else _group(tuple(fields)),
+        group=_group(tuple(fields)),
         show_default=False,
         negative=() if is_list else None,
         consume_multiple=is_list or None,
@@ -111,13 +113,14 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-_GROUPS: dict[tuple[str, ...], Group] = {}
+_GROUPS: dict[tuple[str, ...], Group] = {tuple(ARCHITECTURES): OF_EVERY_ARCHITECTURE}
 
 
 def _group(owners: tuple[str, ...]) -> Group:
     """The heading in --help of settings that these architectures alone have."""
     if owners not in _GROUPS:
-        _GROUPS[owners] = Group.create_ordered(f"Of {', '.join(owners)}")
+        place = len(ARCHITECTURES) + 1 - len(owners)  # what most have comes first
+        _GROUPS[owners] = Group(f"Of {', '.join(owners)}", sort_key=(2, place, owners))
     return _GROUPS[owners]
 
 

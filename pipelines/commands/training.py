@@ -16,17 +16,22 @@ from ..cli import app, console, error_console
 from ..errors import PipelineError
 from ..ranks import is_first_rank, joined_ranks
 from ..run_report import require_report, write_report
-from ..sae_settings import DEFAULT_ARCHITECTURE, ArchitectureName, SAESettings, given_settings
+from ..sae_settings import (
+    DEFAULT_ARCHITECTURE,
+    OF_EVERY_ARCHITECTURE,
+    ArchitectureName,
+    SAESettings,
+    given_settings,
+)
 from ..sweep import Axes, RunSettings, axes_of, specs_of
 from ..trackers import trackers_of
 from ..training import Places, described, train_stage
 from .arguments import DEFAULT_ACTS, Acts, Bytes, Local
 
-_WHERE = Group.create_ordered("Where: an SAE, a transcoder or a crosscoder")
-_STREAM = Group.create_ordered("Without a cache, straight from a model")
-_SHOWN = Group.create_ordered("Several at once, and seeing it")
-_ARCHITECTURE = Group.create_ordered("Of every architecture")
-_TRAINING = Group.create_ordered("Of training")
+_WHERE = Group("Where: an SAE, a transcoder or a crosscoder", sort_key=(0,))
+_SHOWN = Group("Several at once, and seeing it", sort_key=(1,))
+_TRAINING = Group("Of training", sort_key=(3,))
+_STREAM = Group("Without a cache, straight from a model", sort_key=(4,))
 
 Sweep = Annotated[
     list[str] | None,
@@ -92,9 +97,10 @@ def train(
         str | None, _of(_SHOWN, "Also log to this Weights & Biases project.")
     ] = None,
     architecture: Annotated[
-        ArchitectureName, _of(_ARCHITECTURE, "How features are selected, and what is penalised.")
+        ArchitectureName,
+        _of(OF_EVERY_ARCHITECTURE, "How features are selected, and what is penalised."),
     ] = DEFAULT_ARCHITECTURE,
-    sae: Annotated[SAESettings, Parameter(name="*", group=_ARCHITECTURE)] = SAESettings(),  # noqa: B008
+    sae: Annotated[SAESettings, Parameter(name="*")] = SAESettings(),  # noqa: B008
     settings: Annotated[TrainConfig, Parameter(name="*", group=_TRAINING)] = TrainConfig(),  # noqa: B008
 ) -> None:
     """Train sparse autoencoders on stored activations, or straight from a model.
