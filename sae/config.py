@@ -147,6 +147,17 @@ class EvalConfig(Config):
     seed: int = Field(
         default=0, ge=0, description="Seed of the row order and of the untrained baseline."
     )
+    duplicate_cosine: float = Field(
+        default=0.9,
+        gt=-1,
+        le=1,
+        description="A feature with a decoder cosine above this with another is a duplicate.",
+    )
+    n_compared_features: int | None = Field(
+        default=8192,
+        gt=0,
+        description="Features, at most, whose decoder is compared with all others. None: all.",
+    )
 
 
 def _one_line(config: type[BaseModel], error: ValidationError) -> str:

@@ -1,0 +1,17 @@
+"""SAE + held-out activations (+ language model, labels, other SAEs) -> Report.
+
+`evaluation` puts the parts together; each part measures one thing, with its definition beside it.
+"""
+
+from sae.evaluating.baselines import baseline_of
+from sae.evaluating.evaluation import evaluate
+from sae.evaluating.report import Baseline, CrossEntropy, Reconstruction, Report
+
+__all__ = [
+    "Baseline",
+    "CrossEntropy",
+    "Reconstruction",
+    "Report",
+    "baseline_of",
+    "evaluate",
+]

@@ -1,0 +1,106 @@
+"""Rows of a report for what an SAE must beat, measured by the same definitions.
+
+Two are made here, from train rows alone: the untrained twin and PCA. Others are SAEs that a caller
+trained, and `baseline_of` measures them: with a frozen random decoder (arXiv 2602.14111), or on a
+randomly initialised copy of the model (arXiv 2501.17727).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae.autoencoder import SAE
+from sae.config import EvalConfig
+from sae.evaluating.cross_entropy import measure_losses, recovered, sae_and_ablations
+from sae.evaluating.fitted import PCA, fit_pca, untrained_twin
+from sae.evaluating.held_out import HeldOutRows, fitting_hookpoint
+from sae.evaluating.reconstruction import Reconstruct, measure, pca_reconstructs, sae_reconstructs
+from sae.evaluating.report import Baseline, Reconstruction
+from sae.evaluating.splicing import Replacement, SplicedLosses
+from sae.initialisation import sample_rows
+from sae.sources import EvaluationSource, SplicedModel
+
+DEFAULTS = EvalConfig()
+
+
+class Fitted(NamedTuple):
+    """The baselines that are made of train rows. untrained: the twin. pca: of the SAE's L0."""
+
+    untrained: SAE
+    pca: PCA
+
+    @classmethod
+    def on(cls, rows: Tensor, sae: SAE, l0: float, seed: int) -> Fitted:
+        """rows: [n_rows, d_model], train rows on the SAE's device."""
+        return cls(untrained_twin(sae, rows, seed), fit_pca(rows, rank=max(1, round(l0))))
+
+    def replacements(self) -> dict[str, Replacement]:
+        """What each puts in the place of rows, by name."""
+        device = self.untrained.b_dec.device
+        return {
+            "untrained": lambda x: self.untrained(x.to(device)),
+            "pca": lambda x: self.pca(x.to(device)),
+        }
+
+    def measured(self, rows: HeldOutRows, losses: SplicedLosses | None) -> tuple[Baseline, ...]:
+        """Both, on the same rows and tokens as the SAE."""
+        ways: dict[str, tuple[str, Reconstruct]] = {
+            "untrained": (
+                "the same SAE before training: random directions, b_dec at the mean",
+                sae_reconstructs(self.untrained),
+            ),
+            "pca": (
+                f"the mean and the first {len(self.pca.components)} principal components of train "
+                "rows",
+                pca_reconstructs(self.pca),
+            ),
+        }
+        return tuple(
+            _row(name, what, measure(way, rows).reconstruction, losses, name)
+            for name, (what, way) in ways.items()
+        )
+
+
+@torch.no_grad()
+def baseline_of(
+    sae: SAE,
+    source: EvaluationSource,
+    name: str,
+    what: str,
+    *,
+    lm: SplicedModel | None = None,
+    config: EvalConfig = DEFAULTS,
+    hookpoint: str | None = None,
+) -> Baseline:
+    """The row of a trained SAE that serves as another one's baseline: pass it to evaluate.
+
+    name: such as frozen_decoder or random_model. what: what it is, in a few words.
+    source, lm: its own. With a frozen decoder that is the other SAE's source and model; an SAE of a
+        randomly initialised copy is measured on that copy's activations.
+    Raises: SourceError as evaluate does.
+    """
+    hookpoint = fitting_hookpoint(sae, source, hookpoint)
+    found = measure(sae_reconstructs(sae), HeldOutRows(sae, source, hookpoint, config))
+    losses = None
+    if lm is not None:
+        rows = sample_rows(source, hookpoint, config.baseline_rows, seed=config.seed)
+        replacements = sae_and_ablations(sae, rows.mean(0))
+        losses = measure_losses(lm, source, hookpoint, replacements, sae.max_norm, config)
+    return _row(name, what, found.reconstruction, losses, "spliced")
+
+
+def _row(
+    name: str, what: str, found: Reconstruction, losses: SplicedLosses | None, loss: str
+) -> Baseline:
+    """loss: what it is called among the losses."""
+    return Baseline(
+        name=name,
+        what=what,
+        reconstruction=found,
+        spliced=losses.replaced[loss].cross_entropy if losses else None,
+        recovered=recovered(losses, loss) if losses else None,
+        kl=losses.replaced[loss].kl if losses else None,
+    )

@@ -1,0 +1,170 @@
+"""Report: what an evaluation found, as documented fields, rows, JSON and lines of text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from sae.atomic_files import write_text
+from sae.config import Config
+from sae.evaluating.report_rows import Figure, figures_of
+from sae.evaluating.report_text import report_lines
+
+
+class Reconstruction(Config):
+    """How well rows are reconstructed, and from how many features."""
+
+    l0: float = Field(description="Mean active features a row (for PCA, its rank).")
+    fvu: float = Field(
+        description="Sum of squared error over sum of squared deviation from the mean of these "
+        "rows, both over all rows, divided once. 1 - fvu is the explained variance."
+    )
+    fvu_token_median: float = Field(
+        description="Median over rows of squared error over squared deviation from the mean."
+    )
+    fvu_token_quantiles: dict[str, float] = Field(
+        default_factory=dict,
+        description="Quantiles over rows of squared error over squared deviation from the mean, "
+        "linear between neighbours: 95% is what a row in twenty exceeds.",
+    )
+    cosine: float = Field(description="Mean over rows of the cosine of x and x_hat, not centred.")
+
+
+class CrossEntropy(Config):
+    """What putting x_hat in the place of x does to the model's predictions, in nats a token.
+
+    Rows of massive norm stay as they are in every variant, the ablated ones included.
+    """
+
+    n_tokens: int = Field(description="Target tokens counted: those in the split.")
+    clean: float = Field(description="Cross-entropy of the untouched model, in nats a token.")
+    spliced: float = Field(description="Cross-entropy with x_hat in the place of x.")
+    zero_ablated: float = Field(description="Cross-entropy with zeros in the place of x.")
+    mean_ablated: float = Field(
+        description="Cross-entropy with the mean train row in the place of x."
+    )
+    recovered: float | None = Field(
+        description="(zero_ablated - spliced) / (zero_ablated - clean); none if ablating costs "
+        "less than 0.02 nats."
+    )
+    recovered_from_mean: float | None = Field(
+        default=None,
+        description="(mean_ablated - spliced) / (mean_ablated - clean), the stricter of the two; "
+        "none if ablating costs less than 0.02 nats.",
+    )
+    kl: float = Field(description="Mean KL(clean || spliced) over target tokens, in nats.")
+
+
+class Histogram(Config):
+    """Counts between edges."""
+
+    edges: tuple[float, ...] = Field(description="Ascending; bin i is edges[i] to edges[i + 1].")
+    counts: tuple[int, ...] = Field(description="How many are in each bin.")
+
+
+class Dictionary(Config):
+    """How features are used, and how their decoder directions lie to each other."""
+
+    density_histogram: Histogram = Field(
+        description="Features that aren't dead, by log10 of the fraction of the rows evaluated in "
+        "which they are active; the lowest bin has those below it too."
+    )
+    n_compared: int = Field(
+        description="Features, not dead, whose decoder row was compared with all others that are "
+        "not dead: the next five figures are of them."
+    )
+    duplicate_cosine: float = Field(description="The cosine above which two are duplicates.")
+    n_duplicates: int = Field(
+        description="Compared features with a decoder cosine above duplicate_cosine with another."
+    )
+    max_cosine_mean: float | None = Field(
+        description="Mean over compared features of the largest cosine of their decoder row with "
+        "another one."
+    )
+    max_cosine_quantiles: dict[str, float] | None = Field(
+        description="Quantiles over compared features of the largest cosine of their decoder row "
+        "with another one."
+    )
+    decoder_norm_quantiles: dict[str, float] | None = Field(
+        description="Quantiles of the L2 norm of decoder rows, over features that aren't dead."
+    )
+
+
+class Baseline(Config):
+    """What something that an SAE must beat reaches, by the same definitions."""
+
+    name: str = Field(description="untrained, pca, or as the caller calls it.")
+    what: str = Field(description="What it is, in a few words.")
+    reconstruction: Reconstruction = Field(description="As for the SAE.")
+    spliced: float | None = Field(
+        default=None, description="Cross-entropy with its x_hat in the place of x."
+    )
+    recovered: float | None = Field(
+        default=None,
+        description="(zero_ablated - spliced) / (zero_ablated - clean) for it; none if undefined.",
+    )
+    kl: float | None = Field(
+        default=None, description="Mean KL(clean || spliced) for it, over target tokens, in nats."
+    )
+
+
+class Report(Config):
+    """An SAE's evaluation on held-out rows, beside its baselines."""
+
+    hookpoint: str = Field(description="Place in the model that rows were taken from.")
+    split: str = Field(description="Split that rows and tokens were taken from.")
+    n_rows: int = Field(description="Rows evaluated.")
+    n_massive: int = Field(description="Rows of the split left out: their norm is massive.")
+    max_norm: float | None = Field(description="Norm above which rows are massive; none if off.")
+    reconstruction: Reconstruction = Field(description="The SAE's own.")
+    n_features: int = Field(description="d_sae.")
+    n_dead: int = Field(description="Features active in none of the rows evaluated.")
+    n_dense: int = Field(description="Features active in more than 10% of the rows evaluated.")
+    dictionary: Dictionary | None = Field(
+        default=None, description="Densities and decoder directions; none in older reports."
+    )
+    cross_entropy: CrossEntropy | None = Field(
+        default=None, description="The SAE spliced into its model; none if no model was given."
+    )
+    baselines: tuple[Baseline, ...] = Field(
+        description="untrained and pca, then those that the caller measured."
+    )
+    made_from: dict[str, Any] = Field(
+        default_factory=dict,
+        description="What the figures depend on, as far as the caller says it: weights, cache.",
+    )
+
+    @property
+    def fvu(self) -> float:
+        """The SAE's FVU: see Reconstruction."""
+        return self.reconstruction.fvu
+
+    @property
+    def l0(self) -> float:
+        """The SAE's L0."""
+        return self.reconstruction.l0
+
+    @property
+    def ce_recovered(self) -> float | None:
+        """Fraction of cross-entropy recovered; None if no model was given."""
+        return self.cross_entropy.recovered if self.cross_entropy else None
+
+    def write(self, path: str | Path) -> Path:
+        """Write as JSON, atomically. Returns: the path."""
+        write_text(Path(path), self.model_dump_json(indent=1) + "\n")
+        return Path(path)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Report:
+        """Read what write wrote."""
+        return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+
+    def figures(self) -> list[Figure]:
+        """Every figure by itself: name, value, definition."""
+        return figures_of(self)
+
+    def lines(self) -> list[str]:
+        """A table of the SAE beside its baselines, and the rest in sentences."""
+        return report_lines(self)
