@@ -6,6 +6,7 @@
 from sae.evaluating.baselines import baseline_of
 from sae.evaluating.evaluation import evaluate
 from sae.evaluating.report import Baseline, CrossEntropy, Reconstruction, Report
+from sae.evaluating.stability import stability
 
 __all__ = [
     "Baseline",
@@ -14,4 +15,5 @@ __all__ = [
     "Report",
     "baseline_of",
     "evaluate",
+    "stability",
 ]

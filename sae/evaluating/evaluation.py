@@ -15,6 +15,7 @@ from sae.evaluating.dictionary import describe_dictionary
 from sae.evaluating.held_out import HeldOutRows, fitting_hookpoint
 from sae.evaluating.reconstruction import measure, sae_reconstructs
 from sae.evaluating.report import Baseline, Report
+from sae.evaluating.stability import stability
 from sae.initialisation import sample_rows
 from sae.sources import EvaluationSource, SplicedModel
 
@@ -32,13 +33,14 @@ def evaluate(
     hookpoint: str | None = None,
     *,
     baselines: Sequence[Baseline] = (),
+    other_seeds: Sequence[SAE] = (),
 ) -> Report:
     """Evaluate an SAE on held-out rows of a source and, with lm, spliced into its model.
 
     hookpoint: needed only if the SAE doesn't say. baselines: further rows for the report, each
-    from baseline_of. Rows of massive norm are left out by the source and counted apart. The
-    report's fields say what each figure is.
-    Raises: SourceError if the source doesn't fit the SAE, or has no held-out rows.
+    from baseline_of. other_seeds: SAEs that differ in their seed alone. Rows of massive norm are
+    left out by the source and counted apart. The report's fields say what each figure is.
+    Raises: SourceError if the source or another SAE doesn't fit, or no row is held out.
     """
     hookpoint = fitting_hookpoint(sae, source, hookpoint)
     train_rows = sample_rows(source, hookpoint, config.baseline_rows, seed=config.seed)
@@ -50,6 +52,7 @@ def evaluate(
     if lm is not None:
         replacements = sae_and_ablations(sae, train_rows.mean(0)) | fitted.replacements()
         losses = measure_losses(lm, source, hookpoint, replacements, sae.max_norm, config)
+    is_active = own.n_active > 0
     max_norm = source.max_norm(hookpoint)
     return Report(
         hookpoint=hookpoint,
@@ -59,9 +62,12 @@ def evaluate(
         max_norm=max_norm if math.isfinite(max_norm) else None,
         reconstruction=own.reconstruction,
         n_features=sae.d_sae,
-        n_dead=int((own.n_active == 0).sum()),
+        n_dead=int((~is_active).sum()),
         n_dense=int((own.n_active > DENSE * own.n_rows).sum()),
         dictionary=describe_dictionary(sae, own, config),
         cross_entropy=cross_entropy_of(losses) if losses else None,
+        stability=stability(sae, other_seeds, is_active.nonzero().squeeze(1))
+        if other_seeds
+        else None,
         baselines=(*fitted.measured(rows, losses), *baselines),
     )

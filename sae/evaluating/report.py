@@ -92,6 +92,25 @@ class Dictionary(Config):
     )
 
 
+class Stability(Config):
+    """How far SAEs that differ in their seed found the same features."""
+
+    n_others: int = Field(description="SAEs compared with; the figures are means over them.")
+    n_features: int = Field(description="Features compared: those of this SAE that aren't dead.")
+    matched_cosine: float = Field(
+        description="Mean over features of the cosine of their decoder row with that of their "
+        "partner in the other SAE. Partners are one to one: the nearest pair first, then the "
+        "nearest of what is left (greedy); a feature without one counts as 0."
+    )
+    matched_fraction: float = Field(
+        description="Fraction of features whose cosine with their one-to-one partner is above 0.7."
+    )
+    max_cosine: float = Field(
+        description="Mean over features of the largest cosine of their decoder row with any of the "
+        "other SAE: several may share one."
+    )
+
+
 class Baseline(Config):
     """What something that an SAE must beat reaches, by the same definitions."""
 
@@ -127,6 +146,9 @@ class Report(Config):
     )
     cross_entropy: CrossEntropy | None = Field(
         default=None, description="The SAE spliced into its model; none if no model was given."
+    )
+    stability: Stability | None = Field(
+        default=None, description="Beside SAEs of other seeds; none if none was given."
     )
     baselines: tuple[Baseline, ...] = Field(
         description="untrained and pca, then those that the caller measured."

@@ -66,6 +66,13 @@ def _sentences(report: Report) -> Iterator[str]:
             f"{ce.mean_ablated:.3f}; recovered of zero-ablation {_number(ce.recovered, 3)}, of "
             f"mean-ablation {_number(ce.recovered_from_mean, 3)}; KL {ce.kl:.3f}"
         )
+    if seeds := report.stability:
+        yield (
+            f"beside {seeds.n_others} of other seeds: {seeds.matched_fraction:.1%} of "
+            f"{seeds.n_features:,} features have a one-to-one partner of cosine above 0.7; mean "
+            f"cosine with partners {seeds.matched_cosine:.3f}, with the nearest "
+            f"{seeds.max_cosine:.3f}"
+        )
 
 
 def _about_dictionary(found: Dictionary) -> Iterator[str]:
