@@ -5,12 +5,15 @@
 
 from sae.evaluating.baselines import baseline_of
 from sae.evaluating.evaluation import evaluate
+from sae.evaluating.labelled import Label, LabelledRows
 from sae.evaluating.report import Baseline, CrossEntropy, Reconstruction, Report
 from sae.evaluating.stability import stability
 
 __all__ = [
     "Baseline",
     "CrossEntropy",
+    "Label",
+    "LabelledRows",
     "Reconstruction",
     "Report",
     "baseline_of",

@@ -17,7 +17,9 @@ from sae.config import EvalConfig
 from sae.evaluating.cross_entropy import measure_losses, recovered, sae_and_ablations
 from sae.evaluating.fitted import PCA, fit_pca, untrained_twin
 from sae.evaluating.held_out import HeldOutRows, fitting_hookpoint
-from sae.evaluating.reconstruction import Reconstruct, measure, pca_reconstructs, sae_reconstructs
+from sae.evaluating.labelled import LabelledRows
+from sae.evaluating.probing import probe
+from sae.evaluating.reconstruction import measure, pca_reconstructs, sae_reconstructs
 from sae.evaluating.report import Baseline, Reconstruction
 from sae.evaluating.splicing import Replacement, SplicedLosses
 from sae.initialisation import sample_rows
@@ -45,23 +47,39 @@ class Fitted(NamedTuple):
             "pca": lambda x: self.pca(x.to(device)),
         }
 
-    def measured(self, rows: HeldOutRows, losses: SplicedLosses | None) -> tuple[Baseline, ...]:
-        """Both, on the same rows and tokens as the SAE."""
-        ways: dict[str, tuple[str, Reconstruct]] = {
-            "untrained": (
-                "the same SAE before training: random directions, b_dec at the mean",
-                sae_reconstructs(self.untrained),
-            ),
-            "pca": (
-                f"the mean and the first {len(self.pca.components)} principal components of train "
-                "rows",
-                pca_reconstructs(self.pca),
-            ),
-        }
-        return tuple(
-            _row(name, what, measure(way, rows).reconstruction, losses, name)
-            for name, (what, way) in ways.items()
+    def measured(
+        self,
+        rows: HeldOutRows,
+        losses: SplicedLosses | None,
+        labelled: LabelledRows | None,
+        config: EvalConfig,
+    ) -> tuple[Baseline, ...]:
+        """Both, on the same rows, tokens and labels as the SAE."""
+        untrained = _row(
+            "untrained",
+            "the same SAE before training: random directions, b_dec at the mean",
+            measure(sae_reconstructs(self.untrained), rows).reconstruction,
+            losses,
+            "untrained",
         )
+        pca = _row(
+            "pca",
+            f"the mean and the first {len(self.pca.components)} principal components of train rows",
+            measure(pca_reconstructs(self.pca), rows).reconstruction,
+            losses,
+            "pca",
+        )
+        return with_probing(untrained, self.untrained, labelled, config), pca
+
+
+def with_probing(
+    row: Baseline, sae: SAE, labelled: LabelledRows | None, config: EvalConfig
+) -> Baseline:
+    """The row with what the SAE's features tell of labels, in the mean; as it is without labels."""
+    found = probe(sae, labelled, config) if labelled else None
+    if found is None:
+        return row
+    return row.model_copy(update={"probing": found.model_copy(update={"labels": ()})})
 
 
 @torch.no_grad()
@@ -74,12 +92,14 @@ def baseline_of(
     lm: SplicedModel | None = None,
     config: EvalConfig = DEFAULTS,
     hookpoint: str | None = None,
+    labelled: LabelledRows | None = None,
 ) -> Baseline:
     """The row of a trained SAE that serves as another one's baseline: pass it to evaluate.
 
     name: such as frozen_decoder or random_model. what: what it is, in a few words.
     source, lm: its own. With a frozen decoder that is the other SAE's source and model; an SAE of a
         randomly initialised copy is measured on that copy's activations.
+    labelled: rows of that source with labels, for probing.
     Raises: SourceError as evaluate does.
     """
     hookpoint = fitting_hookpoint(sae, source, hookpoint)
@@ -89,7 +109,8 @@ def baseline_of(
         rows = sample_rows(source, hookpoint, config.baseline_rows, seed=config.seed)
         replacements = sae_and_ablations(sae, rows.mean(0))
         losses = measure_losses(lm, source, hookpoint, replacements, sae.max_norm, config)
-    return _row(name, what, found.reconstruction, losses, "spliced")
+    row = _row(name, what, found.reconstruction, losses, "spliced")
+    return with_probing(row, sae, labelled, config)
 
 
 def _row(

@@ -13,6 +13,8 @@ from sae.evaluating.baselines import Fitted
 from sae.evaluating.cross_entropy import cross_entropy_of, measure_losses, sae_and_ablations
 from sae.evaluating.dictionary import describe_dictionary
 from sae.evaluating.held_out import HeldOutRows, fitting_hookpoint
+from sae.evaluating.labelled import LabelledRows
+from sae.evaluating.probing import probe
 from sae.evaluating.reconstruction import measure, sae_reconstructs
 from sae.evaluating.report import Baseline, Report
 from sae.evaluating.stability import stability
@@ -34,12 +36,14 @@ def evaluate(
     *,
     baselines: Sequence[Baseline] = (),
     other_seeds: Sequence[SAE] = (),
+    labelled: LabelledRows | None = None,
 ) -> Report:
     """Evaluate an SAE on held-out rows of a source and, with lm, spliced into its model.
 
     hookpoint: needed only if the SAE doesn't say. baselines: further rows for the report, each
-    from baseline_of. other_seeds: SAEs that differ in their seed alone. Rows of massive norm are
-    left out by the source and counted apart. The report's fields say what each figure is.
+    from baseline_of. other_seeds: SAEs that differ in their seed alone. labelled: held-out rows
+    with labels, for probing. Rows of massive norm are left out by the source and counted apart. The
+    report's fields say what each figure is.
     Raises: SourceError if the source or another SAE doesn't fit, or no row is held out.
     """
     hookpoint = fitting_hookpoint(sae, source, hookpoint)
@@ -69,5 +73,6 @@ def evaluate(
         stability=stability(sae, other_seeds, is_active.nonzero().squeeze(1))
         if other_seeds
         else None,
-        baselines=(*fitted.measured(rows, losses), *baselines),
+        probing=probe(sae, labelled, config) if labelled else None,
+        baselines=(*fitted.measured(rows, losses, labelled, config), *baselines),
     )

@@ -111,6 +111,52 @@ class Stability(Config):
     )
 
 
+class ProbeScore(Config):
+    """What a probe reaches on rows that it was not fitted on, as many positive as negative."""
+
+    accuracy: float = Field(description="Fraction of test rows told right; chance is 0.5.")
+    f1: float = Field(description="2 TP / (2 TP + FP + FN) on test rows.")
+    auroc: float = Field(
+        description="Chance that a positive test row scores above a negative one; chance is 0.5."
+    )
+
+
+class ProbedLabel(Config):
+    """What features tell of one label."""
+
+    name: str = Field(description="The label.")
+    n_train: int = Field(description="Rows that the probes were fitted on, half of them positive.")
+    n_test: int = Field(description="Rows that they were scored on, half of them positive.")
+    feature_ids: tuple[int, ...] = Field(description="The features that were chosen, best first.")
+    x: ProbeScore = Field(description="A probe on all of x.")
+    features: dict[str, ProbeScore] = Field(
+        description="A probe on the k features that differ most."
+    )
+    coordinates: dict[str, ProbeScore] = Field(
+        description="A probe on the k coordinates of x that differ most."
+    )
+
+
+class Probing(Config):
+    """k-sparse probing: logistic regression (L2, C = 1) on k features, beside x itself.
+
+    The k features, or coordinates of x, are those whose mean differs most between positive and
+    negative train rows, in units of the standard deviation within the classes.
+    """
+
+    n_labels: int = Field(description="Labels probed: 20 examples or more of each class and side.")
+    x: ProbeScore = Field(description="Mean over labels, of a probe on all of x.")
+    features: dict[str, ProbeScore] = Field(
+        description="Mean over labels, of a probe on the k features whose mean differs most in "
+        "units of its standard deviation."
+    )
+    coordinates: dict[str, ProbeScore] = Field(
+        description="Mean over labels, of a probe on the k coordinates of x whose mean differs "
+        "most in units of its standard deviation."
+    )
+    labels: tuple[ProbedLabel, ...] = Field(description="One by one.")
+
+
 class Baseline(Config):
     """What something that an SAE must beat reaches, by the same definitions."""
 
@@ -126,6 +172,9 @@ class Baseline(Config):
     )
     kl: float | None = Field(
         default=None, description="Mean KL(clean || spliced) for it, over target tokens, in nats."
+    )
+    probing: Probing | None = Field(
+        default=None, description="As for the SAE, without single labels; none if not measured."
     )
 
 
@@ -149,6 +198,9 @@ class Report(Config):
     )
     stability: Stability | None = Field(
         default=None, description="Beside SAEs of other seeds; none if none was given."
+    )
+    probing: Probing | None = Field(
+        default=None, description="What k features tell of labels; none if not asked for."
     )
     baselines: tuple[Baseline, ...] = Field(
         description="untrained and pca, then those that the caller measured."

@@ -42,7 +42,10 @@ def _of_value(value: Any, name: str, definition: str) -> Iterator[Figure]:
                 yield Figure(f"{name}.{low:g}..{high:g}", float(count), definition)
     elif isinstance(value, dict):
         for key, inner in value.items():
-            yield from _of_value(inner, f"{name}.{key}", definition)
+            for figure in _of_value(inner, f"{name}.{key}", definition):
+                # A group under a key, such as k, is explained by both.
+                whole = f"{definition} {figure.definition}"
+                yield figure._replace(definition=whole) if isinstance(inner, Config) else figure
     elif isinstance(value, tuple):
         for inner in value:
             if isinstance(inner, Config):

@@ -6,7 +6,15 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sae.evaluating.report import Baseline, CrossEntropy, Dictionary, Reconstruction, Report
+    from sae.evaluating.report import (
+        Baseline,
+        CrossEntropy,
+        Dictionary,
+        ProbeScore,
+        Probing,
+        Reconstruction,
+        Report,
+    )
 
 
 def report_lines(report: Report) -> list[str]:
@@ -73,6 +81,27 @@ def _sentences(report: Report) -> Iterator[str]:
             f"cosine with partners {seeds.matched_cosine:.3f}, with the nearest "
             f"{seeds.max_cosine:.3f}"
         )
+    if report.probing is not None:
+        yield from _about_probing(report.probing, report.baselines)
+
+
+def _about_probing(probing: Probing, baselines: Sequence[Baseline]) -> Iterator[str]:
+    yield (
+        f"k-sparse probing, means over {probing.n_labels} labels (test rows, as many positive as "
+        "negative)"
+    )
+    rows = [["", "accuracy", "F1", "AUROC"], _scores("all of x", probing.x)]
+    rows += [_scores(f"features, k = {k}", score) for k, score in probing.features.items()]
+    rows += [_scores(f"coordinates of x, k = {k}", s) for k, s in probing.coordinates.items()]
+    for baseline in baselines:
+        if baseline.probing is not None:
+            found = baseline.probing.features.items()
+            rows += [_scores(f"{baseline.name} features, k = {k}", score) for k, score in found]
+    yield from table(rows)
+
+
+def _scores(name: str, score: ProbeScore) -> list[str]:
+    return [name, *(f"{value:.3f}" for value in (score.accuracy, score.f1, score.auroc))]
 
 
 def _about_dictionary(found: Dictionary) -> Iterator[str]:
