@@ -9,6 +9,7 @@ import torch
 
 from sae.autoencoder import SAE
 from sae.config import EvalConfig
+from sae.evaluating.absorption import measure_absorption
 from sae.evaluating.baselines import Fitted
 from sae.evaluating.cross_entropy import cross_entropy_of, measure_losses, sae_and_ablations
 from sae.evaluating.dictionary import describe_dictionary
@@ -42,8 +43,8 @@ def evaluate(
 
     hookpoint: needed only if the SAE doesn't say. baselines: further rows for the report, each
     from baseline_of. other_seeds: SAEs that differ in their seed alone. labelled: held-out rows
-    with labels, for probing. Rows of massive norm are left out by the source and counted apart. The
-    report's fields say what each figure is.
+    with labels, for probing and absorption. Rows of massive norm are left out by the source and
+    counted apart. The report's fields say what each figure is.
     Raises: SourceError if the source or another SAE doesn't fit, or no row is held out.
     """
     hookpoint = fitting_hookpoint(sae, source, hookpoint)
@@ -74,5 +75,6 @@ def evaluate(
         if other_seeds
         else None,
         probing=probe(sae, labelled, config) if labelled else None,
+        absorption=measure_absorption(sae, labelled, config) if labelled else None,
         baselines=(*fitted.measured(rows, losses, labelled, config), *baselines),
     )

@@ -157,6 +157,42 @@ class Probing(Config):
     labels: tuple[ProbedLabel, ...] = Field(description="One by one.")
 
 
+class AbsorbedLabel(Config):
+    """Absorption of one broad label."""
+
+    name: str = Field(description="The label.")
+    n_rows: int = Field(description="Positive test rows that the probe on x finds.")
+    main_feature_ids: tuple[int, ...] = Field(description="Features that stand for the label.")
+    full: float = Field(description="Fraction of these rows that are fully absorbed.")
+    fraction: float = Field(description="Mean over these rows of the fraction absorbed.")
+
+
+class Absorption(Config):
+    """Feature absorption on broad labels: see `sae.evaluating.absorption` for the steps.
+
+    Of positive test rows that a logistic probe on x finds, w being its unit direction.
+    """
+
+    n_labels: int = Field(
+        description="Broad labels measured: F1 of the probe on x 0.6 or more, 20 rows or more."
+    )
+    full: float = Field(
+        description="Mean over labels of the fraction of rows in which no main feature of the "
+        "label is active, and one other feature gives 0.4 or more of (x - b_dec) . w (after Chanin "
+        "et al. 2024, on tokens of running text)."
+    )
+    fraction: float = Field(
+        description="Mean over labels and rows of absorbed / (absorbed + main): what up to 3 other "
+        "features of decoder cosine 0.1 or more give to (x - b_dec) . w, beside the main features; "
+        "0 if they give less than 0.4 of it (after SAEBench, on tokens of running text)."
+    )
+    n_main_features: float = Field(
+        description="Mean over labels of the features that stand for a label: k is raised while it "
+        "gains more than 0.03 in F1 on train rows."
+    )
+    labels: tuple[AbsorbedLabel, ...] = Field(description="One by one.")
+
+
 class Baseline(Config):
     """What something that an SAE must beat reaches, by the same definitions."""
 
@@ -201,6 +237,9 @@ class Report(Config):
     )
     probing: Probing | None = Field(
         default=None, description="What k features tell of labels; none if not asked for."
+    )
+    absorption: Absorption | None = Field(
+        default=None, description="Of broad labels; none if not asked for, or none is plain in x."
     )
     baselines: tuple[Baseline, ...] = Field(
         description="untrained and pca, then those that the caller measured."

@@ -81,6 +81,12 @@ def _sentences(report: Report) -> Iterator[str]:
             f"cosine with partners {seeds.matched_cosine:.3f}, with the nearest "
             f"{seeds.max_cosine:.3f}"
         )
+    if lost := report.absorption:
+        yield (
+            f"absorption of {lost.n_labels} broad labels: {lost.full:.1%} of rows in full (the "
+            f"main feature is silent, another stands in), {lost.fraction:.1%} in the mean; "
+            f"{lost.n_main_features:.1f} main features a label"
+        )
     if report.probing is not None:
         yield from _about_probing(report.probing, report.baselines)
 
