@@ -28,9 +28,15 @@ from sae.errors import (
     TrainingError,
     TrainingStoppedError,
 )
-from sae.evaluation import evaluate
+from sae.evaluating import (
+    Baseline,
+    CrossEntropy,
+    Reconstruction,
+    Report,
+    baseline_of,
+    evaluate,
+)
 from sae.metrics import Metrics, fvu
-from sae.report import Baseline, CrossEntropy, Reconstruction, Report
 from sae.sources import ActivationSource, SplicedModel, TensorSource, TokenBlock
 from sae.training import RunResult, train
 
@@ -65,6 +71,7 @@ __all__ = [
     "TrainConfig",
     "TrainingError",
     "TrainingStoppedError",
+    "baseline_of",
     "evaluate",
     "fvu",
     "train",
