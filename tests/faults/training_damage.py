@@ -65,7 +65,7 @@ class _Damaged:
         self.files = {name: newest / name for name in (STATE_FILE, MANIFEST_FILE)}
         self.files[WEIGHTS_FILE] = self._finished / WEIGHTS_FILE
         self._newest_truth = _loaded(self._folder)
-        with _replaced(self.files[STATE_FILE], b""):
+        with _replaced(self.files[STATE_FILE], b""), _warnings():
             self._older_truth = _loaded(self._folder)
         if step_of(self._older_truth) >= step_of(self._newest_truth):
             raise RuntimeError("no older checkpoint to fall back to")
