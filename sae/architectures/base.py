@@ -109,7 +109,7 @@ class Architecture(ABC):
         del config
         return ()
 
-    def fold_(
+    def fold_(  # noqa: B027 (most have nothing to fold)
         self, weights: Weights, threshold: Tensor, learnt: dict[str, Tensor], config: SAEConfig
     ) -> None:
         """Fold what was learnt into weights and threshold, in place: what inference works on."""

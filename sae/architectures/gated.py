@@ -84,6 +84,7 @@ class Gated(Architecture):
     def backward(self, made: Forward, found: Reconstruction, config: SAEConfig, at: Moment) -> Push:
         """Of gates and magnitudes, as gradients of the product that both are made from."""
         del config
+        assert made.is_active is not None
         ids, tape, factor = made.codes.feature_ids, made.tape, at.coefficient * at.scale
         gate_codes = Codes(tape.gates, ids, made.codes.offsets)
         by_gates = at.kernels.reconstruct(gate_codes, at.target, at.weights.W_dec)

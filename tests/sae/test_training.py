@@ -27,6 +27,7 @@ from sae import (
     train,
 )
 from sae.initialisation import geometric_median, input_statistics
+from sae.reading import Batch
 from sae.schedule import learning_rate, resolve
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ def test_fewer_rows_than_a_batch_is_an_error(short: TrainConfig, tmp_path: Path)
 
 def test_rows_that_do_not_vary_are_an_error(short: TrainConfig, tmp_path: Path) -> None:
     source = TensorSource(torch.ones(1000, 8))
-    with pytest.raises(SourceError, match=r"variance 0\.0; there is nothing to learn"):
+    with pytest.raises(SourceError, match=r"1000 rows .* variance 0; there is nothing to learn"):
         train(source, "layer", TopKConfig(d_sae=16, k=2), short, out=tmp_path)
 
 
@@ -220,10 +221,11 @@ def test_learning_rate_warms_up_and_decays() -> None:
 def test_input_statistics_are_those_of_the_rows() -> None:
     torch.manual_seed(0)
     x = 5 * torch.randn(1000, 8) + 3
-    center, scale, variance = input_statistics(x)
-    torch.testing.assert_close(center, x.mean(0))
-    assert float((scale * x).square().sum(1).mean()) == pytest.approx(8, rel=1e-5)
-    assert variance == pytest.approx(float(x.var(0, correction=0).sum()), rel=1e-5)
+    scaled, b_dec, variance = input_statistics(Batch(x, x), (8,), (8,))
+    rows = scaled.inputs(x)
+    assert float(rows.square().sum(1).mean()) == pytest.approx(8, rel=1e-5)
+    torch.testing.assert_close(b_dec, rows.mean(0))
+    assert variance == pytest.approx(float(rows.var(0, correction=0).sum()), rel=1e-5)
 
 
 def test_geometric_median_ignores_a_far_row() -> None:
