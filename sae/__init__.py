@@ -25,6 +25,7 @@ from sae.errors import (
     ResumeMismatchError,
     SAEError,
     SourceError,
+    StorageError,
     TrainingError,
     TrainingStoppedError,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "SAEError",
     "SourceError",
     "SplicedModel",
+    "StorageError",
     "TensorSource",
     "TokenBlock",
     "TopKConfig",
