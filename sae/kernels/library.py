@@ -26,7 +26,7 @@ NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
 TIMEOUT_S = 300
 
 
-class Unavailable(Exception):  # noqa: N818
+class Unavailable(Exception):
     """Why there is no library on this machine, in one line."""
 
 
