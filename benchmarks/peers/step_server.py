@@ -9,8 +9,9 @@ object a line to stdin:
     {"do": "memory"}                               -> {"peak_mib": 1598, "imports_mib": 610}
     {"do": "stop"}
 
-With "dead", a tenth of the features counts as dead in that step, whatever they did. With "save",
-the file named there gets the weights ahead of the step and the gradients in it (`.npz`).
+With "dead", a tenth of the features counts as dead in that step, with encoder rows so short that
+none of them fires. With "save", the file named there gets the weights ahead of the step and the
+gradients in it (`.npz`).
 Answers begin with ANSWER, for peers print to stdout too.
 """
 
@@ -29,6 +30,8 @@ from torch import Tensor
 
 ANSWER = "@ "
 DEAD_FRACTION = 0.1
+# Length of a dead feature's encoder row, over that of the others: far too short to be chosen.
+DEAD_LENGTH = 0.1
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ class StepServer:
         n_steps = 0
         while (command := self._next_step()) is not None:
             assert self.watched is not None
+            if command["dead"]:
+                self._shorten_dead_()
             self.watched.set_dead(self.dead_ids, command["dead"])
             x = self.rows[n_steps % len(self.rows)]
             before = self.snapshot() if command["save"] else {}
@@ -127,6 +132,16 @@ class StepServer:
     def gradients(self) -> dict[str, np.ndarray]:
         """Of the step that is saved; our own driver, which has no autograd, overrides this."""
         return self._gradients
+
+    @torch.no_grad()
+    def _shorten_dead_(self) -> None:
+        """Make the dead features' encoder rows short, whatever AuxK made of them so far."""
+        assert self.watched is not None
+        weight, is_transposed = self.watched.weights["W_enc"]
+        rows = weight.T if is_transposed else weight  # [d_sae, d_model]
+        norms = rows.norm(dim=1, keepdim=True)
+        rows[self.dead_ids] *= DEAD_LENGTH * norms.median() / norms[self.dead_ids]
+        self.watched.weights["b_enc"][0][self.dead_ids] = 0.0
 
     def _save(self, path: Path, x: Tensor, before: dict[str, np.ndarray]) -> None:
         assert self.watched is not None

@@ -25,7 +25,13 @@ def build(spec: Spec, batch_size: int, d_model: int) -> SAETrainer:
         sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**common))
     else:
         is_sparse = spec.mode == "sparse"
-        sae = TopKTrainingSAE(TopKTrainingSAEConfig(**common, use_sparse_activations=is_sparse, rescale_acts_by_decoder_norm=not is_sparse))
+        sae = TopKTrainingSAE(
+            TopKTrainingSAEConfig(
+                **common,
+                use_sparse_activations=is_sparse,
+                rescale_acts_by_decoder_norm=not is_sparse,
+            )
+        )
     config = SAETrainerConfig(
         total_training_samples=STEPS * batch_size,
         train_batch_size_samples=batch_size,

@@ -1,6 +1,6 @@
 """Our own training step, for `train_peers.py`, in a process of its own as the peers' are.
 
-    PYTHONPATH=. python benchmarks/peers/train_saebase.py SPEC
+PYTHONPATH=. python benchmarks/peers/train_saebase.py SPEC
 """
 
 import numpy as np
