@@ -114,7 +114,7 @@ class Stepper:
         Raises: StepperError.
         """
         self.mode = mode
-        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115: lives as long as the process
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115
         spec = {
             **problem._asdict(),
             "rows": str(problem.rows),

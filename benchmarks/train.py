@@ -4,8 +4,8 @@
     python benchmarks/train.py --peers [--d-sae 4608 18432] [--parts topk auxk batch_topk]
     python benchmarks/train.py --sizes [--figure sizes.png]
 
-Alone it measures our own step, on any device. `--peers` sets it against the peers' (train_peers.py),
-`--sizes` measures it over d_sae and k (train_sizes.py); both on the CPU.
+Alone it measures our own step, on any device. `--peers` sets it against the peers'
+(train_peers.py), `--sizes` measures it over d_sae and k (train_sizes.py); both on the CPU.
 
 Rows are random with a few heavy directions; time does not depend on what they mean. A step is what
 `train` does between reading a batch and writing metrics: select, decode, gradients, clip, Adam,
@@ -83,7 +83,7 @@ def alone(args: Any, d_sae: int) -> None:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--d-model", type=int, default=576)
-    parser.add_argument("--d-sae", type=int, nargs="+", default=[4608])
+    parser.add_argument("--d-sae", type=int, nargs="+", help="each in turn")
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--device", default="cpu")
@@ -101,7 +101,7 @@ def main() -> None:
     elif args.sizes:
         train_sizes.measure(args)
     else:
-        for d_sae in args.d_sae:
+        for d_sae in args.d_sae or (4608,):
             alone(args, d_sae)
 
 

@@ -1,7 +1,7 @@
 """Our training step against the peers', each in a process of its own, in turn, in one run.
 
     benchmarks/peers/make_env.sh all
-    python benchmarks/train.py --peers [--d-sae 4608 18432] [--acts demo/acts] [--threads 1] [--json]
+    python benchmarks/train.py --peers [--d-sae 4608 18432] [--acts demo/acts] [--threads 1]
 
 Each round times one float32 encoder product `x @ W_enc` and one step of every trainer on the same
 rows; each begins with another. A ratio is the median of the rounds' ratios, with the lowest and the
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -48,7 +49,7 @@ class Bench:
         timings: dict[Mode, Timing] = {}
         for name in dict.fromkeys([mode.name for mode in peers] or ["none"]):
             self._add_rounds(architecture, [m for m in peers if m.name == name], timings)
-        return list(timings.values())
+        return [timing for timing in timings.values() if timing.seconds]
 
     def auxk(self, plain: Sequence[Timing]) -> list[Timing]:
         """Steps with a tenth of the features dead, beside steps without: each peer's fastest mode
@@ -58,7 +59,7 @@ class Bench:
         timings: dict[Mode, Timing] = {}
         modes = [timing.mode for timing in chosen if timing is not None]
         self._add_rounds("topk", modes, timings, with_auxk=True)
-        return list(timings.values())
+        return [timing for timing in timings.values() if timing.seconds]
 
     def _add_rounds(
         self,
@@ -67,25 +68,33 @@ class Bench:
         timings: dict[Mode, Timing],
         with_auxk: bool = False,
     ) -> None:
+        """Run rounds of our modes and these peers', and add them to what was timed so far."""
+        modes = [*our_modes(architecture), *peers]
+        for mode in modes:
+            timings.setdefault(mode, Timing(mode, self._verdict(mode)))
         with ExitStack() as stack:
-            modes = [*our_modes(architecture), *peers]
             steppers = list(self._started(stack, modes, with_auxk))
-            candidates: dict[Any, Callable[[], float]] = {"product": self._product_seconds}
-            for stepper in steppers:
-                candidates[stepper.mode, False] = stepper.step
-                if with_auxk:
-                    candidates[stepper.mode, True] = lambda s=stepper: s.step(dead=True)
-            seconds = rounds_of(candidates, self._args.repeat)
+            seconds = rounds_of(self._candidates(steppers, with_auxk), self._args.repeat)
             ours = [seconds[s.mode, with_auxk] for s in steppers if s.mode.is_ours]
             for stepper in steppers:
-                mode = stepper.mode
-                timing = timings.setdefault(mode, Timing(mode, self._verdict(mode)))
-                timing.seconds += seconds[mode, False]
-                timing.auxk += seconds.get((mode, True), [])
+                timing = timings[stepper.mode]
+                timing.seconds += seconds[stepper.mode, False]
+                timing.auxk += seconds.get((stepper.mode, True), [])
                 timing.product += seconds["product"]
                 timing.ours += min(ours, key=median)
                 timing.peak_mib, timing.imports_mib = stepper.memory_mib()
                 timing.version = stepper.version
+
+    def _candidates(
+        self, steppers: Sequence[Stepper], with_auxk: bool
+    ) -> dict[Any, Callable[[], float]]:
+        """The product, and each mode's step: (mode, whether a tenth is dead)."""
+        candidates: dict[Any, Callable[[], float]] = {"product": self._product_seconds}
+        for stepper in steppers:
+            candidates[stepper.mode, False] = stepper.step
+            if with_auxk:
+                candidates[stepper.mode, True] = partial(stepper.step, dead=True)
+        return candidates
 
     def _started(
         self, stack: ExitStack, modes: Sequence[Mode], with_auxk: bool
@@ -111,7 +120,7 @@ class Bench:
 
     def _product_seconds(self) -> float:
         started = perf_counter()
-        self._x @ self._W_enc  # noqa: B018: its time is what is wanted
+        self._x @ self._W_enc
         return perf_counter() - started
 
 
@@ -159,7 +168,7 @@ def measure(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.npy"
         np.save(rows, batches_of(args.acts, N_BATCHES, args.batch, args.d_model).numpy())
-        for d_sae in args.d_sae:
+        for d_sae in args.d_sae or (4608, 18432):
             bench = Bench(Problem(rows, d_sae, args.k, args.threads), args)
             timings = measure_parts(bench, args)
             for part, of_part in timings.items():

@@ -1,6 +1,7 @@
 """SAELens' training step, for `train_peers.py`: SAETrainer.step on rows that are given.
 
-Modes: float32; bfloat16 (its own `autocast`); sparse (its own `use_sparse_activations`).
+Modes: float32; bfloat16 (its own `autocast`); sparse (its own `use_sparse_activations`, which on a
+CPU runs only without `rescale_acts_by_decoder_norm`).
 Everything else is as its configurations have it.
 """
 
