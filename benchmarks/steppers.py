@@ -50,7 +50,7 @@ class Mode:
     trainer: str
     architecture: str
     name: str
-    settings: dict[str, Any] = field(default_factory=dict, hash=False)
+    settings: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __str__(self) -> str:
         return f"{self.trainer}, {self.name}"

@@ -34,7 +34,8 @@ def measure(args: argparse.Namespace) -> None:
         file = Path(folder) / "rows.npy"
         np.save(file, x.numpy())
         mode = fastest_mode(file, args)
-        results = [size(file, x[0], d_sae, k, mode, args) for d_sae in D_SAE for k in K]
+        sizes = [(d_sae, k) for d_sae in args.d_sae or D_SAE for k in K]
+        results = [size(file, x[0], d_sae, k, mode, args) for d_sae, k in sizes]
     show(f"train --sizes: {mode.name}", results, args.json)
     if args.figure is not None:
         draw(results, args.figure, f"TopK, {mode.name}, {args.threads} threads")
@@ -90,6 +91,7 @@ def draw(results: list[dict[str, Any]], file: Path, title: str) -> None:
     import_matplotlib()
     from matplotlib import pyplot
 
+    widths = sorted({r["d_sae"] for r in results})
     colors = pyplot.get_cmap("viridis")(np.linspace(0.05, 0.85, len(K)))
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     columns = ("ms", "over_product", "beyond_imports")
@@ -99,9 +101,9 @@ def draw(results: list[dict[str, Any]], file: Path, title: str) -> None:
         for k, color in zip(K, colors, strict=True):
             points = [(r["d_sae"], r[column] / unit) for r in results if r["k"] == k]
             axis.plot(*zip(*points, strict=True), "o-", color=color, lw=1.8, ms=4, label=f"k = {k}")
-        finish(axis, name)
+        finish(axis, name, widths)
     products = [
-        (d, median(r["product_ms"] for r in results if r["d_sae"] == d) / 1000) for d in D_SAE
+        (d, median(r["product_ms"] for r in results if r["d_sae"] == d) / 1000) for d in widths
     ]
     axes[0].plot(*zip(*products, strict=True), "--", color="0.45", lw=1.3, label="encoder product")
     axes[1].axhline(1, ls="--", color="0.45", lw=1.3)
@@ -113,11 +115,11 @@ def draw(results: list[dict[str, Any]], file: Path, title: str) -> None:
     pyplot.close(figure)
 
 
-def finish(axis: Any, name: str) -> None:
+def finish(axis: Any, name: str, widths: list[int]) -> None:
     """Axes that read alike: widths as powers of two, a light grid."""
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    axis.set_xticks(D_SAE)
+    axis.set_xticks(widths)
     axis.set_xlabel("d_sae")
     axis.set_title(name, fontsize=10)
     axis.grid(True, which="major", color="0.9", lw=0.8)
