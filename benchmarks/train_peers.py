@@ -162,28 +162,28 @@ def spread(name: str, paired: Paired) -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """All parts at all widths, printed as they are done; the goals come last."""
+    """All parts at all widths, each printed as it is done; the goals come last."""
     torch.set_num_threads(args.threads)
-    met: list[dict[str, Any]] = []
+    held: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.npy"
         np.save(rows, batches_of(args.acts, N_BATCHES, args.batch, args.d_model).numpy())
         for d_sae in args.d_sae or (4608, 18432):
             bench = Bench(Problem(rows, d_sae, args.k, args.threads), args)
-            timings = measure_parts(bench, args)
-            for part, of_part in timings.items():
+            timings: dict[str, list[Timing]] = {}
+            for part, of_part in measured_parts(bench, args.parts):
+                timings[part] = of_part
                 show(f"train --peers: {part}", table(part, d_sae, of_part), args.json)
-            met += goals(d_sae, timings)
-    show("train --peers: goals", met, args.json)
+            held += goals(d_sae, timings)
+    show("train --peers: goals", held, args.json)
 
 
-def measure_parts(bench: Bench, args: argparse.Namespace) -> dict[str, list[Timing]]:
-    """Timings of the parts that are asked for; "auxk" needs "topk"."""
-    timings = {}
-    if {"topk", "auxk"} & set(args.parts):
-        timings["topk"] = bench.plain("topk")
-    if "auxk" in args.parts:
-        timings["auxk"] = bench.auxk(timings["topk"])
-    if "batch_topk" in args.parts:
-        timings["batch_topk"] = bench.plain("batch_topk")
-    return timings
+def measured_parts(bench: Bench, parts: Sequence[str]) -> Iterator[tuple[str, list[Timing]]]:
+    """The parts that are asked for, with their timings; "auxk" needs "topk"."""
+    if {"topk", "auxk"} & set(parts):
+        plain = bench.plain("topk")
+        yield "topk", plain
+        if "auxk" in parts:
+            yield "auxk", bench.auxk(plain)
+    if "batch_topk" in parts:
+        yield "batch_topk", bench.plain("batch_topk")

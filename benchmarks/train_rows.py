@@ -34,7 +34,8 @@ def cached_rows(folder: Path, n: int) -> Tensor:
 def centred_and_scaled(rows: Tensor) -> Tensor:
     """Rows without their mean, of a mean squared norm of d_model."""
     rows = rows - rows.mean(0)
-    return rows * (rows.shape[1] / rows.square().sum(1).mean()).sqrt()
+    scaled: Tensor = rows * (rows.shape[1] / rows.square().sum(1).mean()).sqrt()
+    return scaled
 
 
 def batches_of(folder: Path | None, n_batches: int, batch: int, d_model: int) -> Tensor:

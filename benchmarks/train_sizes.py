@@ -91,22 +91,14 @@ def draw(results: list[dict[str, Any]], file: Path, title: str) -> None:
     import_matplotlib()
     from matplotlib import pyplot
 
-    widths = sorted({r["d_sae"] for r in results})
-    colors = pyplot.get_cmap("viridis")(np.linspace(0.05, 0.85, len(K)))
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    columns = ("ms", "over_product", "beyond_imports")
-    names = ("step, seconds", "step / dense float32 encoder product", "peak memory, GiB")
-    for axis, column, name in zip(axes, columns, names, strict=True):
-        unit = {"ms": 1000, "beyond_imports": 1024}.get(column, 1)
-        for k, color in zip(K, colors, strict=True):
-            points = [(r["d_sae"], r[column] / unit) for r in results if r["k"] == k]
-            axis.plot(*zip(*points, strict=True), "o-", color=color, lw=1.8, ms=4, label=f"k = {k}")
-        finish(axis, name, widths)
-    products = [
-        (d, median(r["product_ms"] for r in results if r["d_sae"] == d) / 1000) for d in widths
-    ]
-    axes[0].plot(*zip(*products, strict=True), "--", color="0.45", lw=1.3, label="encoder product")
-    axes[1].axhline(1, ls="--", color="0.45", lw=1.3)
+    draw_lines(axes[0], results, "ms", 1000, "seconds a step")
+    draw_lines(axes[1], results, "over_product", 1, "step over one float32 encoder product")
+    draw_lines(axes[2], results, "beyond_imports", 1024, "peak memory beyond imports, GiB")
+    dashed = {"ls": "--", "color": "0.35", "lw": 1.3, "label": "encoder product"}
+    products = {r["d_sae"]: r["product_ms"] / 1000 for r in results}
+    axes[0].plot(list(products), list(products.values()), **dashed)
+    axes[1].axhline(1, **dashed)
     axes[1].set_yscale("linear")
     axes[1].set_ylim(bottom=0)
     axes[0].legend(frameon=False, fontsize=9)
@@ -115,10 +107,27 @@ def draw(results: list[dict[str, Any]], file: Path, title: str) -> None:
     pyplot.close(figure)
 
 
-def finish(axis: Any, name: str, widths: list[int]) -> None:
-    """Axes that read alike: widths as powers of two, a light grid."""
+def draw_lines(
+    axis: Any, results: list[dict[str, Any]], column: str, unit: float, name: str
+) -> None:
+    """One column against d_sae, both in powers of two and ten, a line for each k."""
+    from matplotlib import pyplot, ticker
+
+    widths = sorted({r["d_sae"] for r in results})
+    for k, shade in zip(K, np.linspace(0.05, 0.85, len(K)), strict=True):
+        values = [r[column] / unit for r in results if r["k"] == k]
+        color = pyplot.get_cmap("viridis")(shade)
+        axis.plot(widths, values, "o-", color=color, lw=1.8, ms=4, label=f"k = {k}")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_locator(ticker.NullLocator())
+    finish(axis, widths, name)
+
+
+def finish(axis: Any, widths: list[int], name: str) -> None:
+    """What all axes have: a tick a width, a light grid, no box."""
     axis.set_xticks(widths)
     axis.set_xlabel("d_sae")
     axis.set_title(name, fontsize=10)
