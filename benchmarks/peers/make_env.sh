@@ -18,7 +18,7 @@ folder=.venv-peers/$peer
 "${PYTHON:-python3}" -m venv "$folder"
 pip=("$folder/bin/python" -m pip install --quiet --disable-pip-version-check)
 "${pip[@]}" "$torch"
-"${pip[@]}" --constraint <(echo "$torch") "$peer$version" psutil
+"${pip[@]}" --constraint <(echo "$torch") "$peer$version"
 if [ "$peer" = dictionary-learning ]; then
     # nnsight pulls in a torchvision built for CUDA, which the CPU's torch can't load; transformers
     # imports it wherever it finds it, and then dictionary_learning imports no more.
