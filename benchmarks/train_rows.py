@@ -6,8 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from activation_cache import ActivationCache
-
 
 def random_rows(n: int, d_model: int) -> Tensor:
     """Random rows with a spectrum that falls off as a residual stream's does."""
@@ -22,6 +20,8 @@ def cached_rows(folder: Path, n: int) -> Tensor:
 
     Ends the program where the cache has fewer.
     """
+    from activation_cache import ActivationCache  # a lent GPU machine has torch and no more
+
     cache = ActivationCache.open(folder)
     hookpoint = cache.hookpoints[0]
     batches = cache.batches(hookpoint, n, seed=0, split="all", epochs=1)
