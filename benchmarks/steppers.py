@@ -15,7 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from sae import TrainConfig
+import torch
+
+from sae.kernels import TIERS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -80,18 +82,14 @@ class StepperError(Exception):
 
 
 def our_modes(architecture: str) -> list[Mode]:
-    """Every tier and precision that `sae` has."""
-    fields = TrainConfig.model_fields
-    tiers = ("torch", "compiled") if "kernels" in fields else ("",)
-    precisions = ("float32", "bfloat16") if "nominate_in" in fields else ("",)
-    modes = []
-    for tier in tiers:
-        for precision in precisions:
-            settings = {"kernels": tier, "nominate_in": precision}
-            name = ", ".join(part for part in (tier, precision) if part) or "default"
-            given = {key: value for key, value in settings.items() if value}
-            modes.append(Mode(OURS, architecture, name, given))
-    return modes
+    """Every tier of kernels that works here, in every precision that it has."""
+    cpu = torch.device("cpu")
+    return [
+        Mode(OURS, architecture, f"{name}, {each}", {"kernels": name, "nominate_in": each})
+        for name, tier in TIERS.items()
+        if tier.missing(cpu) is None
+        for each in tier.precisions(cpu)
+    ]
 
 
 def peer_modes(architecture: str, peers: Sequence[str] = tuple(PEERS)) -> list[Mode]:

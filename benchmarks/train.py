@@ -25,6 +25,7 @@ from train_rows import batches_of
 from sae import BatchTopKConfig, TensorSource, TopKConfig, TrainConfig
 from sae.config import SAEConfig
 from sae.initialisation import input_statistics
+from sae.reading import Batch
 from sae.schedule import resolve
 from sae.training_state import TrainingState
 
@@ -34,9 +35,10 @@ KINDS = {"batch_topk": BatchTopKConfig, "topk": TopKConfig}
 def state(config: SAEConfig, settings: TrainConfig, x: torch.Tensor) -> TrainingState:
     """A training state after a few steps, so that the start's dense codes are over."""
     resolved = resolve(settings, config, TensorSource(x), "x")
-    made = TrainingState.start(config, resolved, input_statistics(x, "mean"))
+    widths = (x.shape[1],)
+    made = TrainingState.start(config, resolved, input_statistics(Batch(x, x), widths, widths))
     for _ in range(5):
-        made.advance(x)
+        made.advance(Batch(x, x))
     return made
 
 
@@ -63,7 +65,7 @@ def alone(args: Any, d_sae: int) -> None:
             trained = state(kind(d_sae=d_sae, k=args.k), chosen, x)
             name = kind.__name__.removesuffix("Config")
             step = f"{name} step, {mode.name}"
-            candidates[step] = lambda t=trained: synchronized(t.advance(x))
+            candidates[step] = lambda t=trained: synchronized(t.advance(Batch(x, x)))
     seconds = in_turn(candidates, max(args.repeat, 5))
     product = seconds["float32 encoder product"]
     results = [

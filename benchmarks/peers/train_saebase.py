@@ -9,9 +9,12 @@ from step_server import Spec, StepServer, Watched
 from torch import Tensor
 
 from sae import BatchTopKConfig, TensorSource, TopKConfig, TrainConfig
-from sae.initialisation import input_statistics
+from sae.reading import Batch
+from sae.run import started
+from sae.run_folder import RunPlan
 from sae.schedule import resolve
 from sae.training_state import TrainingState
+from sae.wiring import wiring_of
 
 NEVER = 10**12
 
@@ -32,8 +35,9 @@ def new_state(spec: Spec, rows: Tensor) -> TrainingState:
         device="cpu",
         **spec.settings,
     )
-    resolved = resolve(settings, config, TensorSource(sample), "rows")
-    return TrainingState.start(config, resolved, input_statistics(sample, "mean"))
+    source, wiring = TensorSource(sample), wiring_of("rows")
+    plan = RunPlan.of(source, wiring, config, resolve(settings, config, source, wiring))
+    return started(source, plan)
 
 
 class OurServer(StepServer):
@@ -49,7 +53,8 @@ class OurServer(StepServer):
             "b_enc": (sae.b_enc, False),
             "b_dec": (sae.b_dec, False),
         }
-        watched = Watched(weights, self.set_dead, self.state.scale, self.state.variance)
+        scale = float(self.state.normalisation.in_scale[0])
+        watched = Watched(weights, self.set_dead, scale, self.state.variance)
         self.watch(watched)
 
     def set_dead(self, ids: Tensor, dead: bool) -> None:
@@ -72,9 +77,9 @@ class OurServer(StepServer):
     def _adam_means(self) -> dict[str, np.ndarray]:
         tensors = self.state.to_checkpoint().tensors
         return {
-            name.split(".")[1]: each.double().numpy().copy()
+            name.removeprefix("adam.mean."): each.double().numpy().copy()
             for name, each in tensors.items()
-            if name.startswith("adam.") and name.endswith(".exp_avg")
+            if name.startswith("adam.mean.")
         }
 
 
@@ -82,7 +87,7 @@ def main() -> None:
     server = OurServer()
     with torch.no_grad():
         for x in server.batches():
-            server.state.advance(x)
+            server.state.advance(Batch(x, x))
 
 
 if __name__ == "__main__":
