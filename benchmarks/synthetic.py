@@ -6,6 +6,7 @@ Each trains on the same rows of `sae.synthetic` (16,384 true features, correlate
 and is scored on held-out ones; the untrained SAE stands beside them. `--seeds 3` repeats it all.
 """
 
+import sys
 import tempfile
 import time
 from typing import Any
@@ -65,6 +66,7 @@ def main() -> None:
             continue
         for seed in range(args.seeds):
             rows.append(trained_row(name, config, source, seed, args))
+            print(rows[-1], file=sys.stderr, flush=True)  # a run takes long: show what there is
     rows.append(untrained_row(config_of("topk", {"d_sae": args.d_sae, "k": args.k}), source))
     title = f"synthetic: {args.n_features:,} features, d_model {args.d_model}, {args.n_steps} steps"
     show(title, rows, args.json)
