@@ -27,7 +27,7 @@ from .config import PipelineConfig
 
 MODEL_EFFICIENCY = 0.55
 SAE_EFFICIENCY = 0.7
-TRAIN_PRODUCTS = {"float32": 1.5, "bfloat16": 1.1}
+TRAIN_PRODUCTS = {"auto": 1.1, "float32": 1.5, "bfloat16": 1.1, "int8": 0.6}
 """A training step over one float32 encoder product of its size (benchmarks/train.py)."""
 INDEX_S_PER_TOKEN = 60e-6
 DATABASE_BYTES_PER_FEATURE = 9_000

@@ -28,10 +28,12 @@ from sae import (
     Report,
     evaluate,
 )
+from sae.evaluating import LabelledRows
 from sae.storage import read_description
 
 from .config import PipelineConfig
 from .errors import PipelineError
+from .probe_labels import probe_labels
 from .progress import StageProgress
 from .trackers import Tracker, trackers_of
 from .training import described, train_stage
@@ -154,26 +156,55 @@ def evaluate_stage(
     load_lm: LoadModel | None,
     config: EvalConfig,
     trackers: Sequence[Tracker] = (),
+    other_seeds: Sequence[Path] = (),
 ) -> Report:
-    """SAE -> report.json beside it: reconstruction, cross-entropies, baselines."""
+    """SAE -> report.json beside it: reconstruction, cross-entropies, baselines; where asked for,
+    probes of labels (made with the model's tokenizer) and likeness to SAEs of other seeds.
+
+    Raises: PipelineError if labels are asked for without a model.
+    """
     _heading(console, "evaluate", f"{folder} on {config.split} documents of {acts.path}")
     sae = SAE.load(folder)
     made_from = {
         "cache_fingerprint": acts.fingerprint_hash,
         "weights_sha256": read_description(folder)["weights_sha256"],
         "with_model": load_lm is not None,
+        "other_seeds": [read_description(other)["weights_sha256"] for other in other_seeds],
         "config": config.model_dump(mode="json"),
     }
     report = _report_at(folder / REPORT)
     if report is None or report.made_from != made_from:
         with console.status("evaluating"):
-            found = evaluate(sae, acts, load_lm() if load_lm else None, config)
+            found = evaluate(
+                sae,
+                acts,
+                load_lm() if load_lm else None,
+                config,
+                other_seeds=[SAE.load(other) for other in other_seeds],
+                labelled=_labelled(sae, acts, load_lm, config),
+            )
         report = found.model_copy(update={"made_from": made_from})
         report.write(folder / REPORT)
     for tracker in trackers:
         tracker.report(report)
     _made(console, report.lines())
     return report
+
+
+def _labelled(
+    sae: SAE, acts: ActivationCache, load_lm: LoadModel | None, config: EvalConfig
+) -> LabelledRows | None:
+    """Rows with labels, if the config asks for them."""
+    if not config.n_probe_rows:
+        return None
+    if load_lm is None:
+        raise PipelineError(
+            f"n_probe_rows={config.n_probe_rows} makes labels of tokens, which needs the model's "
+            "tokenizer: evaluate with the model, or set n_probe_rows to 0"
+        )
+    lm, hookpoint = load_lm(), sae.hookpoint or acts.hookpoints[0]
+    texts = lm.token_strings(range(lm.vocab_size))
+    return probe_labels(acts, hookpoint, texts, config.n_probe_rows, config.split)
 
 
 def index_stage(

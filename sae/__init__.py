@@ -25,12 +25,19 @@ from sae.errors import (
     ResumeMismatchError,
     SAEError,
     SourceError,
+    StorageError,
     TrainingError,
     TrainingStoppedError,
 )
-from sae.evaluation import evaluate
+from sae.evaluating import (
+    Baseline,
+    CrossEntropy,
+    Reconstruction,
+    Report,
+    baseline_of,
+    evaluate,
+)
 from sae.metrics import Metrics, fvu
-from sae.report import Baseline, CrossEntropy, Reconstruction, Report
 from sae.sources import ActivationSource, SplicedModel, TensorSource, TokenBlock
 from sae.training import RunResult, train
 
@@ -59,12 +66,14 @@ __all__ = [
     "SAEError",
     "SourceError",
     "SplicedModel",
+    "StorageError",
     "TensorSource",
     "TokenBlock",
     "TopKConfig",
     "TrainConfig",
     "TrainingError",
     "TrainingStoppedError",
+    "baseline_of",
     "evaluate",
     "fvu",
     "train",

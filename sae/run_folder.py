@@ -11,9 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae.architectures import architecture_of
-from sae.atomic_files import held
+from sae.atomic_files import held, told
 from sae.autoencoder import SAE, Origin
-from sae.checkpoints import load_newest_checkpoint, remove_checkpoints, save_checkpoint
+from sae.checkpoints import (
+    load_newest_checkpoint,
+    remove_checkpoints,
+    save_checkpoint,
+    sweep_checkpoints,
+)
 from sae.config import SAEConfig, TrainConfig
 from sae.errors import ResumeMismatchError, RunInUseError
 from sae.metrics import Metrics, MetricsLog, last_metrics
@@ -29,7 +34,14 @@ METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
 LOCK_FILE = ".lock"
 # Settings that may differ when a run goes on: they don't change what it computes.
-FREE_SETTINGS = ("checkpoint_every_steps", "keep_checkpoints")
+FREE_SETTINGS = (
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+    # These decide how results are rounded, at most: a run may go on on another machine.
+    "kernels",
+    "nominate_in",
+    "device",
+)
 
 
 class RunPlan(NamedTuple):
@@ -106,7 +118,6 @@ class RunFolder:
         if not Team().is_first:
             yield
             return
-        self.path.mkdir(parents=True, exist_ok=True)
         with held(self.path / LOCK_FILE) as is_free:
             if not is_free:
                 raise RunInUseError(
@@ -162,11 +173,17 @@ class RunFolder:
     def clear(self) -> None:
         """Remove what an earlier run left, for a fresh start."""
         if Team().is_first:
-            (self.path / CONFIG_FILE).unlink(missing_ok=True)
-            (self.path / WEIGHTS_FILE).unlink(missing_ok=True)
-            remove_checkpoints(self.path / CHECKPOINTS_FOLDER)
-            self.metrics_path.unlink(missing_ok=True)
+            with told(self.path):
+                (self.path / CONFIG_FILE).unlink(missing_ok=True)
+                (self.path / WEIGHTS_FILE).unlink(missing_ok=True)
+                remove_checkpoints(self.path / CHECKPOINTS_FOLDER)
+                self.metrics_path.unlink(missing_ok=True)
         Team().wait()
+
+    def sweep(self) -> None:
+        """Remove what a process left that was killed while it wrote or removed checkpoints."""
+        keep = self.plan.train_config.keep_checkpoints
+        sweep_checkpoints(self.path / CHECKPOINTS_FOLDER, self.plan.n_steps, keep=keep)
 
     def checkpoint(self, state: TrainingState, log: MetricsLog | None) -> None:
         """Save the state, after the metrics that lead up to it. Once a step is enough.

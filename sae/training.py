@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from sae.autoencoder import SAE
 from sae.config import SAEConfig, TrainConfig
-from sae.errors import ConfigError, TrainingStoppedError
+from sae.errors import ConfigError, StorageError, TrainingStoppedError
 from sae.metrics import Metrics
 from sae.reading import batches, shared_hookpoints
 from sae.run import Run
@@ -20,6 +21,8 @@ from sae.schedule import resolve
 from sae.sources import ActivationSource
 from sae.team import Team
 from sae.wiring import Wiring, wiring_of
+
+logger = logging.getLogger(__name__)
 
 DEFAULTS = TrainConfig()
 
@@ -65,7 +68,7 @@ def train(
     Under torch.distributed every process calls this alike and reads its part of each batch; the
     first one writes.
     Raises: SourceError, ResumeMismatchError, CheckpointError, RunInUseError, NonFiniteError,
-    DivergedError, TrainingStoppedError, and FormatError if out holds a damaged SAE.
+    DivergedError, TrainingStoppedError, StorageError, and FormatError if out holds a damaged SAE.
     """
     spec = RunSpec(hookpoint, sae_config, train_config, Path(out))
 
@@ -190,5 +193,8 @@ def _checkpoints_on_error(runs: list[Run]) -> Iterator[None]:
         yield
     except BaseException:
         for run in runs:
-            run.checkpoint_if_between_steps()
+            try:
+                run.checkpoint_if_between_steps()
+            except StorageError as error:
+                logger.warning("no checkpoint was left: %s", error)
         raise

@@ -92,12 +92,23 @@ def evaluate(
     ] = True,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    other_seeds: Annotated[
+        list[Path] | None,
+        Parameter(
+            consume_multiple=True,
+            negative=(),
+            help="Folders of SAEs that differ in their seed: how far are the features the same?",
+        ),
+    ] = None,
     settings: Annotated[EvalConfig, Fields] = EvalConfig(),  # noqa: B008
 ) -> None:
-    """Measure an SAE on held-out documents, beside an untrained SAE and PCA."""
+    """Measure an SAE on held-out documents, beside an untrained SAE and PCA.
+
+    --n-probe-rows 16384 adds k-sparse probing and feature absorption.
+    """
     cache = ActivationCache.open(acts)
     load_lm = stages.model_of_cache(cache, device, dtype, console) if with_model else None
-    stages.evaluate_stage(console, sae, cache, load_lm, settings)
+    stages.evaluate_stage(console, sae, cache, load_lm, settings, other_seeds=other_seeds or ())
     _next(f"saebase index {quote(str(sae))} --acts {quote(acts)}")
 
 

@@ -19,6 +19,7 @@ from sae import (
     Metrics,
     ResumeMismatchError,
     RunResult,
+    StorageError,
     TopKConfig,
     TrainConfig,
     TrainingStoppedError,
@@ -174,7 +175,7 @@ def test_checkpoint_that_fails_at_any_moment_leaves_the_one_before(
     try:
         save_checkpoint(tmp_path, 2, state(2.0), keep=2)
         reached = calls > nth
-    except OSError:
+    except StorageError:
         pass
     monkeypatch.undo()
     newest = load_newest_checkpoint(tmp_path)

@@ -23,6 +23,7 @@ from sae import (
     SAEConfig,
     SAEError,
     SourceError,
+    StorageError,
     TopKConfig,
 )
 from sae.atomic_files import sha256
@@ -228,7 +229,7 @@ def test_first_save_that_fails_leaves_no_sae(
         return original(*args)
 
     monkeypatch.setattr(owner, step, failing)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StorageError, match="No space left"):
         random_sae().save(tmp_path)
     monkeypatch.undo()
     with pytest.raises(MissingFileError):
