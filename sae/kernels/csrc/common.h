@@ -30,7 +30,7 @@ inline void ask_for_large_pages(void *start, size_t n_bytes) {
 template <typename T> class Buffer {
   public:
     explicit Buffer(size_t n) {
-        size_t align = n * sizeof(T) >= 2 * LARGE_PAGE ? LARGE_PAGE : 64;
+        size_t align = n * sizeof(T) >= LARGE_PAGE / 2 ? LARGE_PAGE : 64;
         size_t n_bytes = std::max<size_t>(align, (n * sizeof(T) + align - 1) / align * align);
         data_ = static_cast<T *>(std::aligned_alloc(align, n_bytes));
         if (!data_) throw std::bad_alloc();
