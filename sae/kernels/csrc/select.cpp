@@ -19,8 +19,6 @@ constexpr int64_t BLOCK_ROWS = 256;
 constexpr int64_t SAMPLE_PANELS = 11;
 // More rows than this part of the batch with too many candidates: the dense product is faster.
 constexpr int64_t DENSE_PART = 16;
-// Features whose memory is asked for before it is used.
-constexpr int64_t AHEAD = 8;
 
 struct Problem {
     const float *x, *W, *b, *thresholds;
@@ -384,6 +382,7 @@ EXPORT int64_t sae_select(const float *x, const float *W, const float *b, const 
     Problem problem{x, W, b, thresholds, threshold_stride, n_rows, n_features, d, k};
     *selection = nullptr;
     if (!is_finite(x, n_rows * d)) return -1;
+    move_to_large_pages(W, n_features * d * 4);
     Channels channels(x, n_rows, d);
     Encoder by(n_features, d);
     if (!pack(by, channels, W, b, thresholds, threshold_stride, n_threads)) return -1;
