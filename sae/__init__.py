@@ -29,9 +29,15 @@ from sae.errors import (
     TrainingError,
     TrainingStoppedError,
 )
-from sae.evaluation import evaluate
+from sae.evaluating import (
+    Baseline,
+    CrossEntropy,
+    Reconstruction,
+    Report,
+    baseline_of,
+    evaluate,
+)
 from sae.metrics import Metrics, fvu
-from sae.report import Baseline, CrossEntropy, Reconstruction, Report
 from sae.sources import ActivationSource, SplicedModel, TensorSource, TokenBlock
 from sae.training import RunResult, train
 
@@ -67,6 +73,7 @@ __all__ = [
     "TrainConfig",
     "TrainingError",
     "TrainingStoppedError",
+    "baseline_of",
     "evaluate",
     "fvu",
     "train",

@@ -82,6 +82,8 @@ class Architecture(ABC):
 
     name: ClassVar[str]
     config_class: ClassVar[type[SAEConfig]]
+    # Whether inference compares pre-activations with the SAE's threshold.
+    selects_by_threshold: ClassVar[bool] = True
 
     def select(
         self, pre_acts: PreActs, config: SAEConfig, threshold: Tensor, kernels: Kernels

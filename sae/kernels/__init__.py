@@ -6,9 +6,10 @@ import torch
 
 from sae.errors import ConfigError
 from sae.kernels.base import AdamStep, FeatureSums, Kernels, Reconstructed
+from sae.kernels.compiled import CompiledKernels
 from sae.kernels.selection import PreActs
 
-TIERS: dict[str, type[Kernels]] = {"torch": Kernels}
+TIERS: dict[str, type[Kernels]] = {"torch": Kernels, "compiled": CompiledKernels}
 
 
 def kernels_of(tier: str, nominates_in: str, device: torch.device | str) -> Kernels:
@@ -35,4 +36,13 @@ def kernels_of(tier: str, nominates_in: str, device: torch.device | str) -> Kern
     return chosen(precisions[0] if nominates_in == "auto" else nominates_in)
 
 
-__all__ = ["TIERS", "AdamStep", "FeatureSums", "Kernels", "PreActs", "Reconstructed", "kernels_of"]
+__all__ = [
+    "TIERS",
+    "AdamStep",
+    "CompiledKernels",
+    "FeatureSums",
+    "Kernels",
+    "PreActs",
+    "Reconstructed",
+    "kernels_of",
+]

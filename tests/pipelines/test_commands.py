@@ -25,6 +25,7 @@ VERBS = [
     "index",
     "plan",
     "query",
+    "report",
     "run",
     "search",
     "show",

@@ -1,0 +1,213 @@
+"""Runs -> one report: a page that needs nothing else, or a drawing.
+
+In: folders of runs or sweeps. Out: an .html file with figures inside and tables beside them, or the
+same as a .png or .svg.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from activation_cache.durable import written
+
+from .figures import require_plot
+from .run_figures import WIDTH_INCHES, colour_of, draw_curves, draw_features, draw_legend, style
+from .run_record import RunRecord, read_runs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".html", ".png", ".svg")
+_DPI = 100
+_MOST_RUNS = 24
+_PAGE_CSS = Path(__file__).with_name("report.css")
+
+
+def require_report(file: Path, flag: str) -> None:
+    """Raises: PipelineError if `file` can't be written: said before any work is done."""
+    require_plot(file, flag=flag, suffixes=SUFFIXES)
+
+
+def write_report(folders: Sequence[Path], file: Path) -> None:
+    """Read the runs and write their report, whole or not at all.
+
+    Raises: PipelineError for what is no run; CacheError if the file can't be written.
+    """
+    runs = read_runs(folders)
+    is_page = file.suffix.lower() == ".html"
+    content = page(runs).encode() if is_page else drawing(runs, file.suffix.lower())
+    with written(file) as out:
+        out.write(content)
+
+
+def page(runs: Sequence[RunRecord]) -> str:
+    """The report as HTML."""
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    shown = runs[:_MOST_RUNS]
+    parts = [f"<h1>{escape(title)}</h1>", f"<p class=lead>{escape(_lead(runs))}</p>"]
+    parts.append(_table(_key_figures(shown), shown, "key"))
+    parts += ["<h2>Training</h2>", _figure(shown, draw_curves, 6.2)]
+    if any(run.features is not None for run in shown):
+        parts += ["<h2>Features</h2>", _figure(shown, draw_features, 3.3)]
+    if any(run.evaluation for run in shown):
+        parts += ["<h2>Evaluation</h2>", _table(_rows(shown, "evaluation"), shown, "numbers")]
+    settings = _rows(shown, "settings")
+    differing = {name: row for name, row in settings.items() if len(set(row)) > 1}
+    if len(shown) > 1 and differing:
+        parts += ["<h2>What differs</h2>", _table(differing, shown)]
+        settings = {name: row[:1] for name, row in settings.items() if name not in differing}
+        parts += ["<h2>Settings of all</h2>", _table(settings, [])]
+    else:
+        parts += ["<h2>Settings</h2>", _table(settings, [])]
+    return (
+        f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{escape(title)}</title>"
+        f"<style>{_PAGE_CSS.read_text(encoding='utf-8')}</style></head><body><main>"
+        f"{''.join(parts)}</main></body></html>\n"
+    )
+
+
+def drawing(runs: Sequence[RunRecord], suffix: str) -> bytes:
+    """The report as one figure."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    shown = runs[:_MOST_RUNS]
+    rows = {**_key_figures(shown), **_rows(shown, "settings")}
+    rows = {name: row for name, row in rows.items() if len(shown) == 1 or len(set(row)) > 1}
+    height = 10.2 + 0.17 * len(rows) / (2 if len(shown) == 1 else 1)
+    with rc_context(style()):
+        figure = Figure(
+            figsize=(WIDTH_INCHES, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)
+        )
+        ratios = [6.2, 3.3, max(height - 9.8, 0.4)]
+        curves, features, table = figure.subfigures(3, 1, height_ratios=ratios, squeeze=False).flat
+        draw_curves(curves, shown)
+        draw_legend(curves, shown)
+        draw_features(features, shown)
+        _draw_rows(table, rows, shown)
+        name = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+        title = f"{name}: {_lead(runs)}".replace("$", r"\$")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        return _bytes_of(figure, suffix)
+
+
+def _figure(runs: Sequence[RunRecord], draw: Any, height: float) -> str:
+    """A figure as inline SVG."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    with rc_context(style()):
+        figure = Figure(
+            figsize=(WIDTH_INCHES, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)
+        )
+        draw(figure, runs)
+        drawn = _bytes_of(figure, ".svg").decode()
+    drawn = drawn[drawn.index("<svg") :]
+    # Ids are a page's, and each figure has the same ones.
+    prefix = draw.__name__
+    drawn = re.sub(r'(id="|url\(#|href="#)', rf"\1{prefix}-", drawn)
+    return f"<figure>{drawn}</figure>"
+
+
+def _bytes_of(figure: "Figure", suffix: str) -> bytes:
+    drawn = io.BytesIO()
+    about = {"Date": None} if suffix == ".svg" else None
+    figure.savefig(drawn, format=suffix.removeprefix("."), dpi=_DPI, metadata=about)
+    return drawn.getvalue()
+
+
+def _lead(runs: Sequence[RunRecord]) -> str:
+    """What the runs are, in a line."""
+    places = dict.fromkeys(str(run.settings.get("place", "a place not known yet")) for run in runs)
+    kinds = dict.fromkeys(str(run.settings.get("architecture", "?")) for run in runs)
+    unfinished = sum(run.features is None for run in runs)
+    lead = f"{', '.join(kinds)} at {', '.join(places)}"
+    if unfinished:
+        lead += f"; {unfinished} of {len(runs)} not finished" if len(runs) > 1 else "; not finished"
+    if len(runs) > _MOST_RUNS:
+        lead += f"; the first {_MOST_RUNS} of {len(runs)} are shown"
+    return lead
+
+
+def _key_figures(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
+    """What is looked at first: held-out figures where there are some, else the last of training."""
+    rows: dict[str, list[str]] = {}
+    for title, name in (
+        ("held-out FVU", "reconstruction.fvu"),
+        ("held-out L0", "reconstruction.l0"),
+        ("cross-entropy recovered", "cross_entropy.recovered"),
+    ):
+        if any(name in run.evaluation for run in runs):
+            rows[title] = [said(run.evaluation.get(name)) for run in runs]
+    last = [run.metrics[-1] for run in runs]
+    rows["FVU of the last batch"] = [said(m.fvu) for m in last]
+    rows["L0 of the last batch"] = [said(m.l0) for m in last]
+    rows["dead features"] = [f"{m.dead_fraction:.2%}" for m in last]
+    rows["tokens"] = [f"{m.n_tokens:,}" for m in last]
+    rows["tokens / s"] = [f"{m.n_tokens / max(m.elapsed_s, 1e-9):,.0f}" for m in last]
+    rows["skipped batches"] = [f"{m.n_skipped:,}" for m in last]
+    return rows
+
+
+def _rows(runs: Sequence[RunRecord], which: str) -> dict[str, list[str]]:
+    """Every name that one of the runs has, with each run's value."""
+    names = dict.fromkeys(name for run in runs for name in getattr(run, which))
+    return {name: [said(getattr(run, which).get(name)) for run in runs] for name in names}
+
+
+def said(value: Any) -> str:
+    """A value for a person."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(rows: dict[str, list[str]], runs: Sequence[RunRecord], kind: str = "") -> str:
+    """Rows by name; a head with the runs where there are several."""
+    head = ""
+    if len(runs) > 1:
+        names = "".join(
+            f'<th><i style="background:{colour_of(i)}"></i>{escape(run.name)}</th>'
+            for i, run in enumerate(runs)
+        )
+        head = f"<thead><tr><th></th>{names}</tr></thead>"
+    body = "".join(
+        f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
+        for name, row in rows.items()
+    )
+    return f'<div class=scroll><table class="{kind}">{head}<tbody>{body}</tbody></table></div>'
+
+
+def _draw_rows(figure: Any, rows: dict[str, list[str]], runs: Sequence[RunRecord]) -> None:
+    """The table of a drawing: two columns of names and values, or a column for each run."""
+    axes = figure.subplots()
+    axes.axis("off")
+    names = list(rows)
+    if len(runs) == 1:
+        half = -(-len(names) // 2)
+        names += [""] * (2 * half - len(names))
+        left, right = names[:half], names[half:]
+        cells = [
+            [a, *rows[a][:1], b, *(rows[b][:1] if b else [""])]
+            for a, b in zip(left, right, strict=True)
+        ]
+    else:
+        cells = [["", *[run.name for run in runs]], *[[name, *rows[name]] for name in names]]
+    if not cells:
+        return
+    cells = [[cell.replace("$", r"\$") for cell in row] for row in cells]
+    table = axes.table(cells, edges="horizontal", cellLoc="left", bbox=(0, 0, 1, 1))
+    table.auto_set_font_size(value=False)
+    table.set_fontsize(8)
+    for cell in table.get_celld().values():
+        cell.set_edgecolor("#dddddd")
+        cell.set_linewidth(0.6)
