@@ -188,7 +188,7 @@ class SAE(nn.Module):
         if torch.is_grad_enabled() and (x.requires_grad or self.W_enc_rows.requires_grad):
             from sae.sparse_autograd import reconstructed
 
-            x_hat = reconstructed(self, x.reshape(-1, self.d_model)).x_hat
+            x_hat = reconstructed(self, x.reshape(-1, self.d_model), self.encode_sparse(x))
             return x_hat.view(*x.shape[:-1], self.d_out) + self.skip(x)
         decoded = self.decode_sparse(self.encode_sparse(x))
         return decoded.view(*x.shape[:-1], self.d_out) + self.skip(x)
