@@ -139,15 +139,19 @@ def first_node(nodes: str) -> str:
 
 
 def _is_told_by_first(store: Store, ranks: Ranks, error: Exception) -> bool:
-    """Whether the first process has, or within seconds, the same error. It says so itself."""
+    """Whether the first process has, or within seconds, the same error. It says so itself, and
+    stays until the others have heard it: the store may be its own."""
+    n_others, deadline = ranks.world_size - 1, time.monotonic() + _TOLD_WITHIN_S
     if ranks.rank == 0:
         store.set("saebase/error", str(error))
-        return False
-    deadline = time.monotonic() + _TOLD_WITHIN_S
     while time.monotonic() < deadline:
         try:
-            if store.check(["saebase/error"]):
-                return bool(store.get("saebase/error").decode() == str(error))
+            if ranks.rank == 0 and int(store.add("saebase/heard", 0)) == n_others:
+                return False
+            if ranks.rank > 0 and store.check(["saebase/error"]):
+                is_same = bool(store.get("saebase/error").decode() == str(error))
+                store.add("saebase/heard", 1)
+                return is_same
         except RuntimeError:  # the store went with the first process, which then had something
             return True
         time.sleep(0.05)

@@ -54,11 +54,13 @@ class Curve(NamedTuple):
 
 
 CURVES = (
-    Curve("Loss", "squared error / variance", lambda m: m.loss + m.penalty + m.aux_loss, True),
+    Curve(
+        "Loss", "error and penalties / variance", lambda m: m.loss + m.penalty + m.aux_loss, True
+    ),
     Curve("FVU", "fraction of variance unexplained", lambda m: m.fvu, True),
     Curve("L0", "active features a row", lambda m: m.l0),
     Curve("Dead features", "% of all", lambda m: 100 * m.dead_fraction),
-    Curve("Learning rate", "of Adam", lambda m: m.lr),
+    Curve("Learning rate", "learning rate", lambda m: m.lr),
     Curve("Sparsity coefficient", "weight of the penalty", lambda m: m.coefficient),
     Curve("Gradient norm", "L2, before clipping", lambda m: m.grad_norm, True),
     Curve("Speed", "tokens / s", lambda m: m.tokens_per_s),
@@ -80,17 +82,18 @@ def draw_curves(figure: "Figure", runs: Sequence[RunRecord]) -> None:
     drawn = [c for c in CURVES if any(c.value(m) for run in runs for m in run.metrics)]
     chosen = [c for c in CURVES if c in drawn or c.title == "Dead features"][:6]
     panels = figure.subplots(2, 3).flat
+    unit, factor = _unit_of(max(run.metrics[-1].n_tokens for run in runs))
     for axes, curve in zip(panels, chosen, strict=False):
         for index, run in enumerate(runs):
             x, y = thinned(run.metrics, curve.value)
-            axes.plot(x / 1e6, y, color=colour_of(index), label=_literal(run.name))
+            axes.plot(x / factor, y, color=colour_of(index), label=_literal(run.name))
         if curve.is_log and all(curve.value(m) > 0 for run in runs for m in run.metrics):
             _log_axis(axes)
         else:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, None if any(curve.value(m) for r in runs for m in r.metrics) else 1)
         axes.set_title(curve.title)
         axes.set_ylabel(curve.label)
-        axes.set_xlabel("tokens, millions")
+        axes.set_xlabel(f"tokens{unit}")
         axes.margins(x=0.01)
 
 
@@ -117,6 +120,14 @@ def draw_legend(figure: "Figure", runs: Sequence[RunRecord]) -> None:
     if len(runs) > 1:
         labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(*labels, loc="outside upper left", ncols=4)
+
+
+def _unit_of(n_tokens: int) -> tuple[str, float]:
+    """How to count tokens, so that few digits stand on the axis."""
+    for unit, factor in ((", billions", 1e9), (", millions", 1e6), (", thousands", 1e3)):
+        if n_tokens >= 2 * factor:
+            return unit, factor
+    return "", 1.0
 
 
 def thinned(

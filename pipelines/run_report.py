@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".html", ".png", ".svg")
 _DPI = 100
 _MOST_RUNS = 24
+_MOST_COLUMNS = 9
 _PAGE_CSS = Path(__file__).with_name("report.css")
 
 
@@ -76,19 +77,20 @@ def drawing(runs: Sequence[RunRecord], suffix: str) -> bytes:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     shown = runs[:_MOST_RUNS]
-    rows = {**_key_figures(shown), **_rows(shown, "settings")}
-    rows = {name: row for name, row in rows.items() if len(shown) == 1 or len(set(row)) > 1}
-    height = 10.2 + 0.17 * len(rows) / (2 if len(shown) == 1 else 1)
+    cells = _cells(shown)
+    has_features = any(run.features is not None for run in shown)
+    heights = [6.2, 3.3 if has_features else 0.1, 0.19 * len(cells) + 0.2]
+    height = sum(heights) + 0.3
     with rc_context(style()):
         figure = Figure(
             figsize=(WIDTH_INCHES, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)
         )
-        ratios = [6.2, 3.3, max(height - 9.8, 0.4)]
-        curves, features, table = figure.subfigures(3, 1, height_ratios=ratios, squeeze=False).flat
+        curves, features, table = figure.subfigures(3, 1, height_ratios=heights, squeeze=False).flat
         draw_curves(curves, shown)
         draw_legend(curves, shown)
-        draw_features(features, shown)
-        _draw_rows(table, rows, shown)
+        if has_features:
+            draw_features(features, shown)
+        _draw_table(table, cells)
         name = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
         title = f"{name}: {_lead(runs)}".replace("$", r"\$")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
@@ -123,15 +125,15 @@ def _bytes_of(figure: "Figure", suffix: str) -> bytes:
 
 def _lead(runs: Sequence[RunRecord]) -> str:
     """What the runs are, in a line."""
-    places = dict.fromkeys(str(run.settings.get("place", "a place not known yet")) for run in runs)
-    kinds = dict.fromkeys(str(run.settings.get("architecture", "?")) for run in runs)
-    unfinished = sum(run.features is None for run in runs)
-    lead = f"{', '.join(kinds)} at {', '.join(places)}"
-    if unfinished:
-        lead += f"; {unfinished} of {len(runs)} not finished" if len(runs) > 1 else "; not finished"
+    known = [run.settings for run in runs if "architecture" in run.settings]
+    kinds = ", ".join(dict.fromkeys(str(each["architecture"]) for each in known))
+    places = ", ".join(dict.fromkeys(str(each["place"]) for each in known))
+    parts = [f"{kinds} at {places}"] if known else []
+    if unfinished := sum(run.features is None for run in runs):
+        parts.append(f"{unfinished} of {len(runs)} not finished" if runs[1:] else "not finished")
     if len(runs) > _MOST_RUNS:
-        lead += f"; the first {_MOST_RUNS} of {len(runs)} are shown"
-    return lead
+        parts.append(f"the first {_MOST_RUNS} of {len(runs)} are shown")
+    return "; ".join(parts)
 
 
 def _key_figures(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
@@ -187,27 +189,35 @@ def _table(rows: dict[str, list[str]], runs: Sequence[RunRecord], kind: str = ""
     return f'<div class=scroll><table class="{kind}">{head}<tbody>{body}</tbody></table></div>'
 
 
-def _draw_rows(figure: Any, rows: dict[str, list[str]], runs: Sequence[RunRecord]) -> None:
-    """The table of a drawing: two columns of names and values, or a column for each run."""
+def _cells(runs: Sequence[RunRecord]) -> list[list[str]]:
+    """The table of a drawing: of one run all settings, in two columns of names and values; of
+    several a row for each, of what differs."""
+    rows = {**_key_figures(runs), **_rows(runs, "settings")}
+    if len(runs) > 1:
+        rows = {name: row for name, row in rows.items() if len(set(row)) > 1}
+        names = list(rows)[:_MOST_COLUMNS]
+        own = [[run.name, *(rows[name][i] for name in names)] for i, run in enumerate(runs)]
+        return [["", *names], *own]
+    pairs = [[name, row[0]] for name, row in rows.items()]
+    half = -(-len(pairs) // 2)
+    pairs += [["", ""]] * (2 * half - len(pairs))
+    return [left + right for left, right in zip(pairs[:half], pairs[half:], strict=True)]
+
+
+def _draw_table(figure: Any, cells: list[list[str]]) -> None:
     axes = figure.subplots()
     axes.axis("off")
-    names = list(rows)
-    if len(runs) == 1:
-        half = -(-len(names) // 2)
-        names += [""] * (2 * half - len(names))
-        left, right = names[:half], names[half:]
-        cells = [
-            [a, *rows[a][:1], b, *(rows[b][:1] if b else [""])]
-            for a, b in zip(left, right, strict=True)
-        ]
-    else:
-        cells = [["", *[run.name for run in runs]], *[[name, *rows[name]] for name in names]]
-    if not cells:
-        return
-    cells = [[cell.replace("$", r"\$") for cell in row] for row in cells]
-    table = axes.table(cells, edges="horizontal", cellLoc="left", bbox=(0, 0, 1, 1))
+    longest = [max(len(row[i]) for row in cells) + 2 for i in range(len(cells[0]))]
+    table = axes.table(
+        [[cell.replace("$", r"\$") for cell in row] for row in cells],
+        edges="horizontal",
+        cellLoc="left",
+        colWidths=[each / sum(longest) for each in longest],
+        bbox=(0, 0, 1, 1),
+    )
     table.auto_set_font_size(value=False)
     table.set_fontsize(8)
     for cell in table.get_celld().values():
         cell.set_edgecolor("#dddddd")
         cell.set_linewidth(0.6)
+        cell.PAD = 0.02

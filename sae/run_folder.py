@@ -34,7 +34,14 @@ METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
 LOCK_FILE = ".lock"
 # Settings that may differ when a run goes on: they don't change what it computes.
-FREE_SETTINGS = ("checkpoint_every_steps", "keep_checkpoints")
+FREE_SETTINGS = (
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+    # These decide how results are rounded, at most: a run may go on on another machine.
+    "kernels",
+    "nominate_in",
+    "device",
+)
 
 
 class RunPlan(NamedTuple):

@@ -260,7 +260,8 @@ def test_an_interrupted_train_says_so_and_goes_on(small_run: SmallRun, tmp_path:
     command = [sys.executable, "-m", "pipelines", "train", "--acts", str(small_run.acts)]
     command += ["--out", str(tmp_path / "sae"), "--d-sae", "64", "--k", "4"]
     command += ["--batch-size", "128", "--n-steps", "400", "--log-every-steps", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=one_thread)
     metrics = tmp_path / "sae" / "metrics.jsonl"
     while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size > 600):
         pass
@@ -272,7 +273,7 @@ def test_an_interrupted_train_says_so_and_goes_on(small_run: SmallRun, tmp_path:
     assert 0 < step < 400
     assert list((tmp_path / "sae" / "checkpoints").glob("step-*"))
     short = [*command[:-4], "--n-steps", "400", "--log-every-steps", "1"]
-    assert subprocess.run(short, capture_output=True).returncode == 0
+    assert subprocess.run(short, capture_output=True, env=one_thread).returncode == 0
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, 401))
 

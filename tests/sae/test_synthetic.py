@@ -23,6 +23,7 @@ from sae import (
     train,
 )
 from sae.codes import Codes
+from sae.initialisation import initial_sae
 from sae.synthetic import SyntheticConfig, SyntheticSource, SyntheticTruth, score
 from sae.synthetic.scores import acts_at
 from sae.synthetic.source import BLOCK_ROWS
@@ -311,6 +312,14 @@ def test_acts_are_looked_up_by_row_and_feature() -> None:
 def test_rows_without_a_feature_are_the_bias() -> None:
     codes = Codes.from_dense(torch.tensor([[0.0, 2.0], [0.0, 0.0]]))
     assert rows_of(codes, torch.eye(2)).tolist() == [[0, 2], [0, 0]]
+
+
+def test_an_untrained_sae_of_the_same_seed_does_not_know_the_truth() -> None:
+    source = SyntheticSource(SyntheticTruth(SMALL))
+    untrained = initial_sae(TopKConfig(d_sae=60, k=5), source.truth.bias, SMALL.seed)
+    found = score(untrained, source, n_rows=BLOCK_ROWS)
+    assert found.recovery < 0.5
+    assert found.recovered == 0
 
 
 def test_training_recovers_the_truth_and_can_be_evaluated(tmp_path: Path) -> None:
