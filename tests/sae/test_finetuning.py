@@ -14,11 +14,14 @@ from sae import (
     SAE,
     BatchTopKConfig,
     ConfigError,
+    FinetuneConfig,
+    FinetuneMetrics,
     ResumeMismatchError,
     SourceError,
     TensorSource,
     TrainConfig,
     TrainingStoppedError,
+    finetune,
     train,
 )
 from sae.architectures import config_of
@@ -26,7 +29,6 @@ from sae.atomic_files import held
 from sae.config import SAEConfig
 from sae.errors import NonFiniteError, RunInUseError
 from sae.evaluating.splicing import SplicedLoss, spliced_losses
-from sae.finetuning import FinetuneConfig, FinetuneMetrics, finetune
 from sae.wiring import transcoder, wiring_of
 
 HOOKPOINT = "layers.1.resid_post"
@@ -81,20 +83,20 @@ def test_predictions_of_the_spliced_model_come_nearer(
 ) -> None:
     before = trained.state_dict()["W_dec"].clone()
     told: list[FinetuneMetrics] = []
-    config = SHORT.model_copy(update={"objective": objective})
+    config = SHORT.model_copy(update={"objective": objective, "n_tokens": 12_000})
     done = finetune(
         trained, tiny_lm, tiny_cache, config, out=tmp_path / "x", on_metrics=told.append
     )
     assert torch.equal(trained.W_dec, before)
     old, new = (losses(each, tiny_lm, tiny_cache, "train") for each in (trained, done.sae))
     if objective == "kl":
-        assert new.kl < 0.8 * old.kl
+        assert new.kl < 0.9 * old.kl
         heldout = [losses(e, tiny_lm, tiny_cache, "heldout").kl for e in (trained, done.sae)]
         assert heldout[1] < heldout[0]
     else:
         assert new.cross_entropy < old.cross_entropy - 0.05
     assert [line.step for line in told] == list(range(1, done.steps + 1))
-    assert done.n_tokens >= 6_000
+    assert done.n_tokens >= 12_000
     assert done.n_tokens == told[-1].n_tokens
     assert told[-1].l0 == pytest.approx(4, rel=0.02)
     assert told[-1].ce_clean > 0
