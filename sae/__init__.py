@@ -37,6 +37,8 @@ from sae.evaluating import (
     baseline_of,
     evaluate,
 )
+from sae.finetuning import FinetuneResult, finetune
+from sae.finetuning_state import FinetuneConfig, FinetuneMetrics
 from sae.metrics import Metrics, fvu
 from sae.sources import ActivationSource, SplicedModel, TensorSource, TokenBlock
 from sae.training import RunResult, train
@@ -52,6 +54,9 @@ __all__ = [
     "CorruptFileError",
     "CrossEntropy",
     "EvalConfig",
+    "FinetuneConfig",
+    "FinetuneMetrics",
+    "FinetuneResult",
     "FormatError",
     "Metrics",
     "MissingFileError",
@@ -75,6 +80,7 @@ __all__ = [
     "TrainingStoppedError",
     "baseline_of",
     "evaluate",
+    "finetune",
     "fvu",
     "train",
 ]

@@ -35,7 +35,7 @@ def test_errors_are_value_errors_of_one_tree() -> None:
         for each in vars(sae.errors).values()
         if isinstance(each, type) and issubclass(each, Exception)
     ]
-    assert len(errors) == 14
+    assert len(errors) == 15
     assert all(issubclass(each, SAEError) and issubclass(each, ValueError) for each in errors)
     drawing = sae.errors.__doc__ or ""
     assert all(each.__name__ in drawing for each in errors)
