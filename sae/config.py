@@ -126,10 +126,10 @@ class TrainConfig(Config):
     freeze_decoder: bool = Field(
         default=False, description="Leave W_dec at its random start: a baseline."
     )
-    kernels: Literal["auto", "torch"] = Field(
+    kernels: Literal["auto", "torch", "triton"] = Field(
         default="auto", description="Tier of kernels. auto: the fastest that works here."
     )
-    nominate_in: Literal["auto", "float32", "bfloat16"] = Field(
+    nominate_in: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
         description="Precision that candidates for active features are found in; the choice is "
         "made from float32 scores. auto: the fastest here.",

@@ -7,8 +7,9 @@ import torch
 from sae.errors import ConfigError
 from sae.kernels.base import AdamStep, FeatureSums, Kernels, Reconstructed
 from sae.kernels.selection import PreActs
+from sae.kernels.triton_kernels import TritonKernels
 
-TIERS: dict[str, type[Kernels]] = {"torch": Kernels}
+TIERS: dict[str, type[Kernels]] = {"torch": Kernels, "triton": TritonKernels}
 
 
 def kernels_of(tier: str, nominates_in: str, device: torch.device | str) -> Kernels:
