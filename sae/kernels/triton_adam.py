@@ -1,6 +1,6 @@
 """Triton: what follows the gradients, one pass over each: projection, and Adam in two sizes.
 
-Whole rows lie in registers where a row's norm or mean is asked for.
+A program has ROWS whole rows, where a row's norm or mean is asked for.
 """
 
 from __future__ import annotations
@@ -10,32 +10,39 @@ import triton.language as tl
 
 
 @triton.jit
-def remove_along(gradient_ptr, rows_ptr, d, BLOCK: tl.constexpr):
-    """Take from a row of the gradient its part along the same row of rows, of norm 1."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    is_in = columns < d
-    at = row * d + columns
+def _cells(n_rows, d, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's rows, their numbers' places, and which of these there are."""
+    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    is_in = (rows < n_rows)[:, None] & (columns < d)[None, :]
+    return rows, rows.to(tl.int64)[:, None] * d + columns[None, :], is_in
+
+
+@triton.jit
+def remove_along(
+    gradient_ptr, directions_ptr, n_rows, d, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Take from a row of the gradient its part along the same row of directions, of norm 1."""
+    _, at, is_in = _cells(n_rows, d, ROWS, BLOCK)
     gradient = tl.load(gradient_ptr + at, mask=is_in, other=0.0).to(tl.float32)
-    direction = tl.load(rows_ptr + at, mask=is_in, other=0.0)
-    gradient -= tl.sum(gradient * direction, axis=0) * direction
+    direction = tl.load(directions_ptr + at, mask=is_in, other=0.0)
+    gradient -= tl.sum(gradient * direction, axis=1)[:, None] * direction
     tl.store(gradient_ptr + at, gradient.to(gradient_ptr.dtype.element_ty), mask=is_in)
 
 
 @triton.jit
 def adam(
-    weight_ptr, gradient_ptr, mean_ptr, square_ptr, n, d,
+    weight_ptr, gradient_ptr, mean_ptr, square_ptr, n_rows, d, n,
     step_size, rate1, rate2, root_correction, grad_scale, eps,
-    BLOCK: tl.constexpr, UNIT_ROWS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, UNIT_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Adam on a row of d (UNIT_ROWS: which then has norm 1), or on BLOCK of n numbers (d = BLOCK).
+    """Adam on rows of d (UNIT_ROWS: which then have norm 1); n: numbers in all, the last row may
+    be cut short.
 
     step_size: lr / (1 - beta1^t). rate1, rate2: 1 - beta1, 1 - beta2, which float32 would lose
     digits of. root_correction: sqrt(1 - beta2^t).
     """
-    columns = tl.arange(0, BLOCK)
-    at = tl.program_id(0).to(tl.int64) * d + columns
-    is_in = (columns < d) & (at < n)
+    _, at, is_in = _cells(n_rows, d, ROWS, BLOCK)
+    is_in = is_in & (at < n)
     gradient = tl.load(gradient_ptr + at, mask=is_in, other=0.0).to(tl.float32) * grad_scale
     mean = tl.load(mean_ptr + at, mask=is_in, other=0.0)
     square = tl.load(square_ptr + at, mask=is_in, other=0.0)
@@ -44,7 +51,7 @@ def adam(
     square += (gradient * gradient - square) * rate2
     weight -= step_size * mean / (tl.sqrt(square) / root_correction + eps)
     if UNIT_ROWS:
-        weight /= tl.sqrt(tl.sum(weight * weight, axis=0))
+        weight = _unit(weight)
     tl.store(mean_ptr + at, mean, mask=is_in)
     tl.store(square_ptr + at, square, mask=is_in)
     tl.store(weight_ptr + at, weight, mask=is_in)
@@ -52,25 +59,29 @@ def adam(
 
 @triton.jit
 def adam_lean(
-    weight_ptr, gradient_ptr, mean_ptr, square_ptr, d,
+    weight_ptr, gradient_ptr, mean_ptr, square_ptr, n_rows, d,
     step_size, rate1, rate2, root_correction, grad_scale, eps,
-    BLOCK: tl.constexpr, UNIT_ROWS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, UNIT_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Adam on a row, with its mean in bfloat16 and one second moment: square [n_rows]."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    is_in = columns < d
-    at = row * d + columns
+    """Adam on rows of d, with its mean in bfloat16 and one second moment a row: square [n_rows]."""
+    rows, at, is_in = _cells(n_rows, d, ROWS, BLOCK)
     gradient = tl.load(gradient_ptr + at, mask=is_in, other=0.0).to(tl.float32) * grad_scale
     mean = tl.load(mean_ptr + at, mask=is_in, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + at, mask=is_in, other=0.0)
-    of_row = tl.sum(gradient * gradient, axis=0) / d
-    square = tl.load(square_ptr + row)
-    square += (of_row - square) * rate2
+    square = tl.load(square_ptr + rows, mask=rows < n_rows, other=0.0)
+    square += (tl.sum(gradient * gradient, axis=1) / d - square) * rate2
     mean += (gradient - mean) * rate1
-    weight -= step_size * mean / (tl.sqrt(square) / root_correction + eps)
+    divisors = tl.sqrt(square) / root_correction + eps
+    weight -= step_size * mean / divisors[:, None]
     if UNIT_ROWS:
-        weight /= tl.sqrt(tl.sum(weight * weight, axis=0))
+        weight = _unit(weight)
     tl.store(mean_ptr + at, mean.to(tl.bfloat16), mask=is_in)
-    tl.store(square_ptr + row, square)
+    tl.store(square_ptr + rows, square, mask=rows < n_rows)
     tl.store(weight_ptr + at, weight, mask=is_in)
+
+
+@triton.jit
+def _unit(rows):
+    """Rows divided by their norms; those that are all zero (past the end) stay."""
+    squares = tl.sum(rows * rows, axis=1)
+    return rows / tl.sqrt(tl.where(squares > 0, squares, 1.0))[:, None]

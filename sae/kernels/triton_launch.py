@@ -18,6 +18,9 @@ from sae.kernels.embedding_bags import FeatureOrder
 
 # Of the L2 cache, for the block of columns that all programs gather from (an H100 has 50 MB).
 L2_BYTES = 24 * 2**20
+# Rows, or features, of a program: on a GPU each has its own; interpreted, a program costs so much
+# by itself that it has many.
+ROWS = 64 if triton.knobs.runtime.interpret else 1
 # Entries that a program gathers at a time.
 ENTRIES = 16
 # Numbers a program of the element-wise Adam updates.
@@ -37,9 +40,9 @@ def dot_by_entry(codes: Codes, rows: Tensor, table: Tensor) -> Tensor:
     n_blocks = triton.cdiv(d, width)
     parts = rows.new_empty(n_blocks, codes.nnz)
     with torch.cuda.device_of(rows):
-        triton_sums.dot_entries[(n_blocks * codes.n_rows,)](
+        triton_sums.dot_entries[programs(codes.n_rows, n_blocks)](
             rows, table, codes.feature_ids, codes.offsets, parts, codes.n_rows, codes.nnz, d,
-            ENTRIES=ENTRIES, COLUMNS=width, num_warps=_warps(width),
+            ROWS=ROWS, ENTRIES=ENTRIES, COLUMNS=width, num_warps=_warps(width),
         )  # fmt: skip
     return parts.sum(0)
 
@@ -66,10 +69,10 @@ def _decode(
 ) -> None:
     d, width = table.shape[1], columns_of_block(*table.shape)
     with torch.cuda.device_of(table):
-        triton_sums.decode_rows[(triton.cdiv(d, width) * codes.n_rows,)](
+        triton_sums.decode_rows[programs(codes.n_rows, triton.cdiv(d, width))](
             codes.acts, codes.feature_ids, codes.offsets, table,
             out if target is None else target, out, squares, parts, codes.n_rows, codes.nnz, d,
-            ENTRIES=ENTRIES, COLUMNS=width, COMPARE=target is not None, num_warps=_warps(width),
+            ROWS=ROWS, ENTRIES=ENTRIES, COLUMNS=width, COMPARE=target is not None, num_warps=_warps(width),
         )  # fmt: skip
 
 
@@ -82,9 +85,9 @@ def sum_by_feature(
     sums = rows.new_empty(n_features, d, dtype=dtype)
     of_weights = rows.new_empty(n_features)
     with torch.cuda.device_of(rows):
-        triton_sums.sum_features[(triton.cdiv(d, width) * n_features,)](
+        triton_sums.sum_features[programs(n_features, triton.cdiv(d, width))](
             features.order, features.rows, features.offsets, weights, rows, sums, of_weights,
-            n_features, d, ENTRIES=ENTRIES, COLUMNS=width, num_warps=_warps(width),
+            n_features, d, ROWS=ROWS, ENTRIES=ENTRIES, COLUMNS=width, num_warps=_warps(width),
         )  # fmt: skip
     return sums, of_weights
 
@@ -94,8 +97,8 @@ def remove_along_(gradient: Tensor, rows: Tensor) -> None:
     n_rows, d = rows.shape
     block = triton.next_power_of_2(d)
     with torch.cuda.device_of(rows):
-        triton_adam.remove_along[(n_rows,)](
-            gradient, rows, d, BLOCK=block, num_warps=_warps(block)
+        triton_adam.remove_along[programs(n_rows)](
+            gradient, rows, n_rows, d, ROWS=ROWS, BLOCK=block, num_warps=_warps(block)
         )
 
 
@@ -111,11 +114,11 @@ def adam_(
     """Adam on weight, mean and square in place; unit_rows: of a matrix, whose rows have norm 1."""
     n = weight.numel()
     d = weight.shape[1] if unit_rows else FLAT
-    block = triton.next_power_of_2(d)
+    n_rows, block = triton.cdiv(n, d), triton.next_power_of_2(d)
     with torch.cuda.device_of(weight):
-        triton_adam.adam[(triton.cdiv(n, d),)](
-            weight, gradient, mean, square, n, d, *_settings(step),
-            BLOCK=block, UNIT_ROWS=unit_rows, num_warps=_warps(block),
+        triton_adam.adam[programs(n_rows)](
+            weight, gradient, mean, square, n_rows, d, n, *_settings(step),
+            ROWS=ROWS, BLOCK=block, UNIT_ROWS=unit_rows, num_warps=_warps(block),
         )  # fmt: skip
 
 
@@ -132,10 +135,15 @@ def adam_lean_(
     n_rows, d = weight.shape
     block = triton.next_power_of_2(d)
     with torch.cuda.device_of(weight):
-        triton_adam.adam_lean[(n_rows,)](
-            weight, gradient, mean, square, d, *_settings(step),
-            BLOCK=block, UNIT_ROWS=unit_rows, num_warps=_warps(block),
+        triton_adam.adam_lean[programs(n_rows)](
+            weight, gradient, mean, square, n_rows, d, *_settings(step),
+            ROWS=ROWS, BLOCK=block, UNIT_ROWS=unit_rows, num_warps=_warps(block),
         )  # fmt: skip
+
+
+def programs(n_rows: int, n_blocks: int = 1) -> tuple[int]:
+    """The grid of a kernel that takes ROWS rows and one block of columns at a time."""
+    return (n_blocks * triton.cdiv(n_rows, ROWS),)
 
 
 def _settings(step: AdamStep) -> tuple[float, ...]:

@@ -61,22 +61,26 @@ def _scores(
 
 
 @triton.jit
-def round_rows(rows_ptr, low_ptr, scale_ptr, norm_ptr, rest_ptr, d, BLOCK: tl.constexpr):
-    """One program a row: its float16 twin, the power of two that it was divided by, its norm, and
-    the norm of what rounding lost."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    is_in = columns < d
-    values = tl.load(rows_ptr + row * d + columns, mask=is_in, other=0.0)
-    largest = tl.max(tl.abs(values), axis=0)
+def round_rows(
+    rows_ptr, low_ptr, scale_ptr, norm_ptr, rest_ptr, n_rows, d,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A row's float16 twin, the power of two that it was divided by, its norm, and the norm of what
+    rounding lost."""
+    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    is_row = rows < n_rows
+    at = rows.to(tl.int64)[:, None] * d + columns[None, :]
+    is_in = is_row[:, None] & (columns < d)[None, :]
+    values = tl.load(rows_ptr + at, mask=is_in, other=0.0)
+    largest = tl.max(tl.abs(values), axis=1)
     scale = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     scale = tl.where(scale > 0, scale, 1.0)
-    low = (values / scale).to(tl.float16)
-    rest = values - low.to(tl.float32) * scale
-    tl.store(low_ptr + row * d + columns, low, mask=is_in)
-    tl.store(scale_ptr + row, scale)
-    tl.store(norm_ptr + row, tl.sqrt(tl.sum(values * values, axis=0)))
-    tl.store(rest_ptr + row, tl.sqrt(tl.sum(rest * rest, axis=0)))
+    low = (values / scale[:, None]).to(tl.float16)
+    rest = values - low.to(tl.float32) * scale[:, None]
+    tl.store(low_ptr + at, low, mask=is_in)
+    tl.store(scale_ptr + rows, scale, mask=is_row)
+    tl.store(norm_ptr + rows, tl.sqrt(tl.sum(values * values, axis=1)), mask=is_row)
+    tl.store(rest_ptr + rows, tl.sqrt(tl.sum(rest * rest, axis=1)), mask=is_row)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from torch import Tensor
 from sae.codes import Codes, offsets_of_counts
 from sae.kernels import triton_choice, triton_product
 from sae.kernels.selection import PreActs
-from sae.kernels.triton_launch import dot_by_entry
+from sae.kernels.triton_launch import ROWS, dot_by_entry, programs
 
 # Of the features, every so many-th is looked at for a guess at the row's threshold.
 SAMPLED = 16
@@ -108,8 +108,8 @@ def round_rows(values: Tensor) -> Rounded:
     made = Rounded(low, *(values.new_empty(n) for _ in range(3)))
     block = triton.next_power_of_2(d)
     with torch.cuda.device_of(values):
-        triton_product.round_rows[(n,)](
-            values, *made, d, BLOCK=block, num_warps=max(1, min(16, block // 512))
+        triton_product.round_rows[programs(n)](
+            values, *made, n, d, ROWS=ROWS, BLOCK=block, num_warps=max(1, min(16, block // 512))
         )
     return made
 
@@ -153,9 +153,9 @@ def top_k_of_rows(pre_acts: PreActs, k: int, exactly: Exactly) -> Codes:
     is_chosen = torch.empty(scored.nnz, dtype=torch.int8, device=limits.device)
     is_certain = torch.empty(product.n_rows, dtype=torch.int8, device=limits.device)
     with torch.cuda.device_of(limits):
-        triton_choice.choose_largest[(product.n_rows,)](
-            scored.acts, scored.offsets, limits, is_chosen, is_certain, k,
-            BLOCK=_width(scored.n_active()), num_warps=1,
+        triton_choice.choose_largest[programs(product.n_rows)](
+            scored.acts, scored.offsets, limits, is_chosen, is_certain,
+            product.n_rows, k, ROWS=ROWS, WIDTH=_width(scored.n_active()), num_warps=1,
         )  # fmt: skip
     return _mended(scored.where(is_chosen.bool()), is_whole & is_certain.bool(), pre_acts, exactly)
 
@@ -215,14 +215,17 @@ def _narrowed(product: Product, lists: Lists, k: int) -> tuple[Codes | None, Ten
     kept = torch.empty(n_rows, width, dtype=torch.int32, device=counts.device)
     n_kept = torch.empty_like(counts)
     with torch.cuda.device_of(counts):
-        triton_choice.narrow_lists[(n_rows,)](
+        triton_choice.narrow_lists[programs(n_rows)](
             counts, lists.ids, lists.uppers, x.norm, x.rest, W.norm, W.rest, kept, n_kept,
-            capacity, k, product.depth_error, len(product.b), BLOCK=width,
+            n_rows, len(product.b), capacity, k, product.depth_error, ROWS=ROWS, WIDTH=width,
             num_warps=max(1, width // 256),
         )  # fmt: skip
         offsets = offsets_of_counts(n_kept)
         ids = torch.empty(int(offsets[-1]), dtype=torch.int64, device=counts.device)
-        triton_choice.pack_lists[(n_rows,)](kept, offsets, ids, WIDTH=width, num_warps=1)
+        in_order = kept.sort(dim=1).values  # what was dropped goes last
+        triton_choice.pack_lists[programs(n_rows)](
+            in_order, offsets, ids, n_rows, ROWS=ROWS, WIDTH=width, num_warps=1
+        )
     return Codes(lists.uppers.new_empty(len(ids)), ids, offsets), is_whole
 
 
