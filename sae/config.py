@@ -67,6 +67,11 @@ class TrainConfig(Config):
         le=1,
         description="Last fraction of the steps, over which lr falls to zero.",
     )
+    optimizer: Literal["adam", "adam_lean"] = Field(
+        default="adam",
+        description="adam: 16 bytes a parameter, gradient and weight included; adam_lean: 8, with "
+        "gradients and their mean in bfloat16 and one second moment a feature.",
+    )
     beta1: float = Field(default=0.9, ge=0, lt=1, description="Adam's decay of the mean gradient.")
     beta2: float = Field(
         default=0.999, ge=0, lt=1, description="Adam's decay of the squared gradient."

@@ -37,11 +37,11 @@ def _program_tile(n_row_tiles, n_feature_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _scores(
-    x_ptr, W_ptr, x_scale_ptr, W_scale_ptr, bias_ptr, rows, features, d,
+def _product(
+    x_ptr, W_ptr, rows, features, d,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Estimates of rows' scores of features: [BM, BN] float32."""
+    """low(x) . low(W) of rows and features, added up in float32: [BM, BN]."""
     depth = tl.arange(0, BK)
     x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * d + depth[None, :]
     W_ptrs = W_ptr + features.to(tl.int64)[None, :] * d + depth[:, None]
@@ -56,8 +56,21 @@ def _scores(
         acc = tl.dot(x, W, acc)
         x_ptrs += BK
         W_ptrs += BK
+    return acc
+
+
+@triton.jit
+def _estimates(products, x_scale_ptr, W_scale_ptr, bias_ptr, rows, features):
+    """Scores, from products of rows that were divided by their scale."""
     scale = tl.load(x_scale_ptr + rows)[:, None] * tl.load(W_scale_ptr + features)[None, :]
-    return acc * scale + tl.load(bias_ptr + features)[None, :]
+    return products * scale + tl.load(bias_ptr + features)[None, :]
+
+
+@triton.jit
+def _half(tile, BM: tl.constexpr, BN: tl.constexpr, SIDE: tl.constexpr):
+    """The left (0) or the right (1) half of a tile [BM, BN]."""
+    left, right = tl.split(tl.permute(tl.reshape(tile, (BM, 2, BN // 2)), (0, 2, 1)))
+    return right if SIDE else left
 
 
 @triton.jit
@@ -95,10 +108,9 @@ def group_maxima(
     """
     row_tile, tile = _program_tile(tl.cdiv(n_rows, BM), tl.cdiv(n_sampled, BN), GROUP)
     rows, sampled = row_tile * BM + tl.arange(0, BM), tile * BN + tl.arange(0, BN)
-    scores = _scores(
-        x_ptr, W_ptr, x_scale_ptr, W_scale_ptr, bias_ptr, rows % n_rows,
-        (sampled % n_sampled) * STRIDE, d, BM, BN, BK, EVEN,
-    )  # fmt: skip
+    features = (sampled % n_sampled) * STRIDE
+    products = _product(x_ptr, W_ptr, rows % n_rows, features, d, BM, BN, BK, EVEN)
+    scores = _estimates(products, x_scale_ptr, W_scale_ptr, bias_ptr, rows % n_rows, features)
     maxima = tl.max(tl.reshape(scores, (BM, BN // SIZE, SIZE)), axis=2)
     groups = tile * (BN // SIZE) + tl.arange(0, BN // SIZE)
     is_in = (rows < n_rows)[:, None] & (groups < n_groups)[None, :]
@@ -120,27 +132,46 @@ def append_above(
     """
     row_tile, tile = _program_tile(tl.cdiv(n_rows, BM), tl.cdiv(n_features, BN), GROUP)
     rows, features = row_tile * BM + tl.arange(0, BM), tile * BN + tl.arange(0, BN)
-    is_row, is_feature = rows < n_rows, features < n_features
+    products = _product(x_ptr, W_ptr, rows % n_rows, features % n_features, d, BM, BN, BK, EVEN)
+    # An eighth at a time: all of the tile's places and bounds at once don't fit in registers.
+    for i in tl.static_range(8):
+        half = _half(products, BM, BN, i // 4)
+        quarter = _half(half, BM, BN // 2, i // 2 % 2)
+        _append(
+            _half(quarter, BM, BN // 4, i % 2), rows, tile * BN + i * (BN // 8),
+            x_scale_ptr, W_scale_ptr, bias_ptr, x_norm_ptr, x_rest_ptr, W_norm_ptr, W_rest_ptr,
+            row_limits_ptr, feature_limits_ptr, counts_ptr, ids_ptr, uppers_ptr,
+            n_rows, n_features, capacity, depth_error, BN // 8,
+        )  # fmt: skip
+
+
+@triton.jit
+def _append(
+    products, rows, first_feature,
+    x_scale_ptr, W_scale_ptr, bias_ptr, x_norm_ptr, x_rest_ptr, W_norm_ptr, W_rest_ptr,
+    row_limits_ptr, feature_limits_ptr, counts_ptr, ids_ptr, uppers_ptr,
+    n_rows, n_features, capacity, depth_error, N: tl.constexpr,
+):  # fmt: skip
+    """append_above, of products that are made: [rows, N]."""
+    features = first_feature + tl.arange(0, N)
+    is_in = (rows < n_rows)[:, None] & (features < n_features)[None, :]
     rows, features = rows % n_rows, features % n_features
-    estimates = _scores(
-        x_ptr, W_ptr, x_scale_ptr, W_scale_ptr, bias_ptr, rows, features, d, BM, BN, BK, EVEN
-    )
+    estimates = _estimates(products, x_scale_ptr, W_scale_ptr, bias_ptr, rows, features)
     of_norm, of_rest = row_errors(x_norm_ptr, x_rest_ptr, rows, depth_error)
     errors = of_norm[:, None] * tl.load(W_norm_ptr + features)[None, :]
     errors += of_rest[:, None] * tl.load(W_rest_ptr + features)[None, :]
     uppers = estimates + (errors + tl.abs(estimates) * 2.0**-22)
     row_limits = tl.load(row_limits_ptr + rows)
     limits = row_limits[:, None] + tl.load(feature_limits_ptr + features)[None, :]
-    is_hit = (uppers > limits) & is_row[:, None] & is_feature[None, :]
     # Lists that have overflowed take no more: dense scores would cost an atomic each.
     has_room = tl.load(counts_ptr + rows, volatile=True) <= capacity
-    is_hit = is_hit & has_room[:, None]
-    counters = counts_ptr + rows[:, None] + tl.zeros((BM, BN), tl.int32)
-    one = tl.full((BM, BN), 1, tl.int32)
+    is_hit = (uppers > limits) & is_in & has_room[:, None]
+    counters = counts_ptr + rows[:, None] + tl.zeros_like(is_hit).to(tl.int32)
+    one = tl.full(is_hit.shape, 1, tl.int32)
     places = tl.atomic_add(counters, one, mask=is_hit, sem="relaxed")
     is_kept = is_hit & (places < capacity)
-    at = rows.to(tl.int64)[:, None] * capacity + places
-    tl.store(ids_ptr + at, features[None, :] + tl.zeros((BM, BN), tl.int32), mask=is_kept)
+    at = rows[:, None] * capacity + places  # fits in int32: see triton_selection
+    tl.store(ids_ptr + at, features[None, :] + tl.zeros_like(places), mask=is_kept)
     tl.store(uppers_ptr + at, uppers, mask=is_kept)
 
 

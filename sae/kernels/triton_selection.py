@@ -119,6 +119,8 @@ def above_threshold(pre_acts: PreActs, threshold: Tensor, exactly: Exactly) -> C
 
     exactly: the same from dense scores.
     """
+    if len(pre_acts.x) * CAPACITY >= 2**31:
+        return exactly(pre_acts)
     product = Product.of(pre_acts)
     row_limits, feature_limits = threshold.new_zeros(product.n_rows), torch.zeros_like(product.b)
     if threshold.dim():
@@ -140,11 +142,11 @@ def top_k_of_rows(pre_acts: PreActs, k: int, exactly: Exactly) -> Codes:
     exactly: the same from dense scores.
     """
     rank = sampled_rank(k)
-    if len(pre_acts.b) // SAMPLED < 2 * rank:
+    capacity = triton.next_power_of_2(SAMPLED * (rank + 4 * round(rank**0.5)))
+    if len(pre_acts.b) // SAMPLED < 2 * rank or len(pre_acts.x) * capacity >= 2**31:
         return exactly(pre_acts)
     product = Product.of(pre_acts)
     limits = _row_limits(product, rank)
-    capacity = triton.next_power_of_2(SAMPLED * (rank + 4 * round(rank**0.5)))
     lists = append_above(product, limits, torch.zeros_like(product.b), capacity)
     candidates, is_whole = _narrowed(product, lists, k)
     if candidates is None:
