@@ -91,9 +91,10 @@ class TrainingState:
         self._architecture = architecture_of(sae.config)
         self.learnt = self._architecture.start(sae.weights, sae.config)
         sae.kernels = kernels_of(config.kernels, config.nominate_in, sae.b_dec.device)
-        self._optimizer = Adam(
-            self._parameters(), sae.kernels, beta1=config.beta1, beta2=config.beta2
-        )
+        is_lean = config.optimizer == "adam_lean"
+        sae.kernels.gradients_in = torch.bfloat16 if is_lean else None
+        betas = {"beta1": config.beta1, "beta2": config.beta2}
+        self._optimizer = Adam(self._parameters(), sae.kernels, is_lean=is_lean, **betas)
 
     @classmethod
     def start(
@@ -148,6 +149,7 @@ class TrainingState:
         self._require_sane(float(step.loss), lr)
         l0 = float(step.n_active.sum()) / n_rows
         self._apply_(step, lr, float(grad_norm), n_rows, l0)
+        step = step._replace(gradients={})  # which a report would keep alive through the next step
         return StepReport(step, l0, lr, float(grad_norm), at.coefficient, y)
 
     def finished_sae(self, origin: Origin) -> SAE:
@@ -243,7 +245,8 @@ class TrainingState:
             del gradients["W_dec"]
         else:
             self.sae.kernels.remove_along_(gradients["W_dec"], weights.W_dec)
-        norm: Tensor = torch.stack([each.norm() for each in gradients.values()]).norm()
+        norms = [torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients.values()]
+        norm: Tensor = torch.stack(norms).norm()
         return norm
 
     def _apply_(self, step: Step, lr: float, grad_norm: float, n_rows: int, l0: float) -> None:
