@@ -145,7 +145,7 @@ class TrainingState:
         if not grad_norm.isfinite():
             self._skip_()
             return None
-        self._require_sane(float(step.loss), lr)
+        self._require_sane(float(step.loss))
         l0 = float(step.n_active.sum()) / n_rows
         self._apply_(step, lr, float(grad_norm), n_rows, l0)
         return StepReport(step, l0, lr, float(grad_norm), at.coefficient, y)
@@ -269,7 +269,7 @@ class TrainingState:
         counters.step += 1
         self.is_between_steps = True
 
-    def _require_sane(self, loss: float, lr: float) -> None:
+    def _require_sane(self, loss: float) -> None:
         """Raises: DivergedError if the loss has grown beyond hope."""
         counters = self.counters
         if counters.first_loss is None:
@@ -277,8 +277,8 @@ class TrainingState:
         if loss > DIVERGED * max(counters.first_loss, 1.0):
             raise DivergedError(
                 f"training diverged at step {counters.step}: the loss is {loss:.3g}, after "
-                f"{counters.first_loss:.3g} at the first step; lower lr={lr:.3g}, or raise "
-                "warmup_steps"
+                f"{counters.first_loss:.3g} at the first step; lower lr={self.config.lr:.3g}, or "
+                "raise warmup_steps, and start over with resume=False"
             )
 
     def _skip_(self) -> None:
