@@ -36,4 +36,13 @@ def kernels_of(tier: str, nominates_in: str, device: torch.device | str) -> Kern
     return chosen(precisions[0] if nominates_in == "auto" else nominates_in)
 
 
-__all__ = ["TIERS", "AdamStep", "CompiledKernels", "FeatureSums", "Kernels", "PreActs", "Reconstructed", "kernels_of"]
+__all__ = [
+    "TIERS",
+    "AdamStep",
+    "CompiledKernels",
+    "FeatureSums",
+    "Kernels",
+    "PreActs",
+    "Reconstructed",
+    "kernels_of",
+]

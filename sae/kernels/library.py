@@ -26,7 +26,7 @@ NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
 TIMEOUT_S = 300
 
 
-class Unavailable(Exception):  # noqa: N818
+class Unavailable(Exception):
     """Why there is no library on this machine, in one line."""
 
 
@@ -36,6 +36,7 @@ def missing() -> str | None:
     try:
         load()
     except Unavailable as error:
+        log.info("the compiled kernels can't be used: %s", error)
         return str(error)
     return None
 
