@@ -72,7 +72,8 @@ def step_of(
     n_active = n_entries if made.is_active is None else _count(made, len(n_entries))
     losses = torch.stack([found.loss * at.scale, push.penalty, aux_loss, found.squared_error])
     at.team.sum_(*named.values(), n_active, losses)
-    return Step(named, *losses, n_active, made.threshold)
+    loss, penalty, aux_loss, squared_error = losses
+    return Step(named, loss, penalty, aux_loss, squared_error, n_active, made.threshold)
 
 
 def _weights_gradients(
@@ -95,6 +96,8 @@ def _weights_gradients(
         b_enc = torch.zeros_like(at.weights.b_enc)
         b_enc.index_add_(0, codes.feature_ids, push.pre_acts)
         n_active = torch.bincount(codes.feature_ids, minlength=n_features)
+    if (dtype := at.kernels.gradients_in) is not None:  # where the tier doesn't write it at once
+        W_enc, W_dec = W_enc.to(dtype), W_dec.to(dtype)
     if push.uniform:
         W_enc.add_(at.x.sum(0), alpha=push.uniform)
         b_enc.add_(push.uniform * at.n_rows)
