@@ -82,6 +82,8 @@ class LanguageModel:
     ) -> "LanguageModel":
         """Load a model by hub id, local folder, `.gguf` file, or "demo" (SmolLM2-135M-Instruct).
 
+        name: with "#random-weights=0" behind it, the model's untrained twin: the same configuration
+        and tokenizer, weights drawn anew with that seed. It keeps that name in every artifact.
         device: "auto" takes CUDA where there is one; else "cpu", "cuda:1", "mps".
         dtype: "float32", "bfloat16", "float16"; "auto" is bfloat16 on CUDA and float32 elsewhere.
         revision: a branch, tag or commit on the hub.

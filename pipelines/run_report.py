@@ -49,20 +49,19 @@ def page(runs: Sequence[RunRecord]) -> str:
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     shown = runs[:_MOST_RUNS]
     parts = [f"<h1>{escape(title)}</h1>", f"<p class=lead>{escape(_lead(runs))}</p>"]
-    parts.append(_table(_key_figures(shown), shown, "key"))
+    parts.append(_by_run(_key_figures(shown), shown))
     parts += ["<h2>Training</h2>", _figure(shown, draw_curves, 6.2)]
     if any(run.features is not None for run in shown):
         parts += ["<h2>Features</h2>", _figure(shown, draw_features, 3.3)]
-    if any(run.evaluation for run in shown):
-        parts += ["<h2>Evaluation</h2>", _table(_rows(shown, "evaluation"), shown, "numbers")]
+    if evaluated := [run for run in shown if run.evaluation]:
+        parts += ["<h2>Evaluation</h2>", _by_name(_rows(evaluated, "evaluation"), evaluated, shown)]
     settings = _rows(shown, "settings")
     differing = {name: row for name, row in settings.items() if len(set(row)) > 1}
-    if len(shown) > 1 and differing:
-        parts += ["<h2>What differs</h2>", _table(differing, shown)]
-        settings = {name: row[:1] for name, row in settings.items() if name not in differing}
-        parts += ["<h2>Settings of all</h2>", _table(settings, [])]
-    else:
-        parts += ["<h2>Settings</h2>", _table(settings, [])]
+    if differing:
+        parts += ["<h2>What differs</h2>", _by_run(differing, shown)]
+    alike = {name: row[:1] for name, row in settings.items() if name not in differing}
+    title_of_rest = "Settings of all" if differing else "Settings"
+    parts += [f"<h2>{title_of_rest}</h2>", _by_name(alike, shown[:1], shown)]
     return (
         f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{escape(title)}</title>"
         f"<style>{_PAGE_CSS.read_text(encoding='utf-8')}</style></head><body><main>"
@@ -173,20 +172,50 @@ def said(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _table(rows: dict[str, list[str]], runs: Sequence[RunRecord], kind: str = "") -> str:
-    """Rows by name; a head with the runs where there are several."""
-    head = ""
-    if len(runs) > 1:
-        names = "".join(
-            f'<th><i style="background:{colour_of(i)}"></i>{escape(run.name)}</th>'
-            for i, run in enumerate(runs)
+def _by_run(rows: dict[str, list[str]], runs: Sequence[RunRecord]) -> str:
+    """A row for each run, a column for each name; of one run the figures side by side."""
+    if len(runs) == 1:
+        figures = "".join(
+            f"<div><dt>{escape(name)}</dt><dd>{escape(row[0])}</dd></div>"
+            for name, row in rows.items()
         )
-        head = f"<thead><tr><th></th>{names}</tr></thead>"
+        return f"<dl class=figures>{figures}</dl>"
+    head = "".join(f"<th>{escape(name)}</th>" for name in rows)
+    body = "".join(
+        f"<tr>{_heading(run, index)}"
+        f"{''.join(f'<td>{escape(row[index])}</td>' for row in rows.values())}</tr>"
+        for index, run in enumerate(runs)
+    )
+    return _scrolling(f"<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody>")
+
+
+def _by_name(
+    rows: dict[str, list[str]], runs: Sequence[RunRecord], among: Sequence[RunRecord]
+) -> str:
+    """A row for each name, a column for each run; of one column several pieces side by side.
+
+    among: all the runs of the page, whose colours these have.
+    """
+    if len(runs) == 1:
+        pairs = "".join(
+            f"<div><dt>{escape(name)}</dt><dd>{escape(row[0])}</dd></div>"
+            for name, row in rows.items()
+        )
+        return f"<dl class=list>{pairs}</dl>"
+    head = "".join(_heading(run, among.index(run)) for run in runs)
     body = "".join(
         f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
         for name, row in rows.items()
     )
-    return f'<div class=scroll><table class="{kind}">{head}<tbody>{body}</tbody></table></div>'
+    return _scrolling(f"<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody>")
+
+
+def _heading(run: RunRecord, index: int) -> str:
+    return f'<th><i style="background:{colour_of(index)}"></i>{escape(run.name)}</th>'
+
+
+def _scrolling(table: str) -> str:
+    return f"<div class=scroll><table>{table}</table></div>"
 
 
 def _cells(runs: Sequence[RunRecord]) -> list[list[str]]:

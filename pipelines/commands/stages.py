@@ -7,6 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from activation_cache import ActivationCache, HarvestConfig
+from activation_cache.loading import RANDOM_WEIGHTS
 from feature_db import IndexConfig
 from sae import EvalConfig
 
@@ -52,6 +53,10 @@ def harvest(
     repair: Annotated[
         bool, Parameter(negative=(), help="Read it all first; make damaged shards again.")
     ] = False,
+    random_weights: Annotated[
+        int | None,
+        Parameter(help="Seed: an untrained model of this configuration instead, for a baseline."),
+    ] = None,
     rank: Rank = None,
     world_size: WorldSize = None,
     device: Device = "auto",
@@ -62,6 +67,8 @@ def harvest(
 
     Called again it goes on where it was; with a larger --n-tokens it adds to a finished cache.
     """
+    if random_weights is not None:
+        model = f"{model}{RANDOM_WEIGHTS}{random_weights}"
     load_lm = stages.model_loader(model, device, dtype, console)
     ranks = place_among_ranks(rank, world_size)
     cache = stages.harvest_stage(

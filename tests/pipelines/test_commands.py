@@ -143,6 +143,26 @@ def test_the_stages_one_by_one_make_the_same_as_a_run(
     assert ours == theirs
 
 
+def test_an_untrained_model_makes_a_cache_that_says_so(
+    saebase: Saebase, small_run: SmallRun, tmp_path: Path
+) -> None:
+    command = (
+        *("harvest", "--model", small_run.model, "--dataset", small_run.text),
+        *("--out", tmp_path / "acts", "--hookpoints", "layers.1.resid_post"),
+        *("--n-tokens", 1536, "--ctx-len", 32),
+    )
+    made = saebase(*command, "--random-weights", 1)
+    assert made.status == 0, made.err
+    manifest = json.loads((tmp_path / "acts" / "manifest.json").read_text())
+    assert manifest["fingerprint"]["model"] == f"{small_run.model}#random-weights=1"
+    refused = saebase(*command)
+    assert refused.status == 2
+    assert "random-weights" in refused.err
+    evaluated = saebase("evaluate", small_run.sae, "--acts", tmp_path / "acts", "--no-with-model")
+    assert evaluated.status == 2
+    assert "random-weights" in evaluated.err
+
+
 def test_flags_may_stand_in_a_file_and_the_line_wins(
     saebase: Saebase, small_run: SmallRun, tmp_path: Path
 ) -> None:
