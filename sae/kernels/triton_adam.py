@@ -18,9 +18,7 @@ def _cells(n_rows, d, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def remove_along(
-    gradient_ptr, directions_ptr, n_rows, d, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def remove_along(gradient_ptr, directions_ptr, n_rows, d, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Take from a row of the gradient its part along the same row of directions, of norm 1."""
     _, at, is_in = _cells(n_rows, d, ROWS, BLOCK)
     gradient = tl.load(gradient_ptr + at, mask=is_in, other=0.0).to(tl.float32)

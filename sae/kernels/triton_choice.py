@@ -66,9 +66,7 @@ def narrow_lists(
 
 
 @triton.jit
-def pack_lists(
-    lists_ptr, offsets_ptr, ids_ptr, n_rows, ROWS: tl.constexpr, WIDTH: tl.constexpr
-):
+def pack_lists(lists_ptr, offsets_ptr, ids_ptr, n_rows, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Each row's first ids of lists [batch, WIDTH] to where offsets [batch + 1] say, as int64."""
     rows, lanes = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     starts, is_in = _segments(offsets_ptr, rows, lanes, n_rows)

@@ -117,9 +117,7 @@ class TritonKernels(Kernels):
     ) -> FeatureSums:
         """As Kernels, and written in gradients_in."""
         if not _suits(input_weights, inputs, error_weights, errors):
-            return super().feature_sums(
-                codes, input_weights, inputs, error_weights, errors, d_sae
-            )
+            return super().feature_sums(codes, input_weights, inputs, error_weights, errors, d_sae)
         from sae.kernels import triton_launch
 
         features = sort_by_feature(codes, d_sae)

@@ -246,7 +246,9 @@ def _mended(codes: Codes, is_certain: Tensor, pre_acts: PreActs, exactly: Exactl
     n_active = codes.n_active()
     n_active[doubtful] = exact.n_active()
     offsets = offsets_of_counts(n_active)
-    made = Codes(exact.acts.new_empty(int(offsets[-1])), offsets.new_empty(int(offsets[-1])), offsets)
+    made = Codes(
+        exact.acts.new_empty(int(offsets[-1])), offsets.new_empty(int(offsets[-1])), offsets
+    )
     certain = codes.where(is_certain[codes.rows()])
     all_rows = torch.arange(codes.n_rows, device=offsets.device)
     for part, rows in ((certain, all_rows), (exact, doubtful)):

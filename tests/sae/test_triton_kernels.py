@@ -287,7 +287,9 @@ def test_one_row_a_program_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     after = tier().top_k_of_rows(pre_acts, 3)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     again = tier().feature_sums(before, before.acts, pre_acts.x, before.acts, pre_acts.x, 200)
-    for a, b in zip((*sums, *error), (*again, *tier().reconstruct(before, *pre_acts[:2])), strict=True):
+    for a, b in zip(
+        (*sums, *error), (*again, *tier().reconstruct(before, *pre_acts[:2])), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
