@@ -20,7 +20,7 @@ from .loading import resolve_device
 from .manifest import MANIFEST, MANIFEST_COPY, Manifest
 from .parts import Part, is_complete, joint_hash, read_parts, text_provenance
 from .quantization import added_fvu
-from .read_ahead import one_ahead_on_gpu, read_ahead
+from .read_ahead import copied_ahead, read_ahead
 from .row_selection import RowSelection, Split
 from .shard_reader import ShardReader
 from .shards import verify_shard
@@ -292,7 +292,7 @@ class ActivationCache:
             rank=rank,
             world_size=world_size,
         )
-        return one_ahead_on_gpu(batches, to) if to.type == "cuda" else batches
+        return copied_ahead(batches, to)
 
     def aligned_sample(
         self, hookpoints: Sequence[str], batch_size: int, *, seed: int = 0, near_row: int = 0

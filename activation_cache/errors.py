@@ -13,6 +13,9 @@
 Each message is one line: what is wrong, the value, what was expected, the way out.
 """
 
+MEND = "Make it again with `saebase harvest --repair`, or restore it"
+"""The way out of damage."""
+
 
 class ActivationCacheError(ValueError):
     """Root of the tree."""

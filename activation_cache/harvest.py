@@ -29,6 +29,7 @@ from .fingerprinting import (
 )
 from .formats import row_bytes
 from .harvest_config import HarvestConfig, HarvestProgress
+from .kept_memory import kept_memory
 from .language_model import LanguageModel
 from .manifest import (
     MANIFEST,
@@ -103,10 +104,11 @@ def harvest(
     target.require_joinable(fingerprint)
     producer = Producer(lm, corpus, fingerprint, first_document=target.first_document)
     work = _Work(producer, target, -(-config.n_tokens // world_size), on_progress)
-    if repair:
-        work.mend()
-    if not work.is_done():
-        work.run(config.shard_bytes)
+    with kept_memory(lm.device):
+        if repair:
+            work.mend()
+        if not work.is_done():
+            work.run(config.shard_bytes)
     return ActivationCache.open(root)
 
 
@@ -139,7 +141,8 @@ class _Work:
         if self.store.has(MANIFEST):
             with self.store.begin():
                 mended = make_again(self.store, self.producer)
-            log.warning("%s: %s", self.store.root, mended)
+            level = logging.WARNING if mended.made_again else logging.INFO
+            log.log(level, "%s: %s", self.store.root, mended)
 
     def run(self, shard_bytes: int) -> None:
         """Harvest from the last committed shard on, and mark the part complete."""

@@ -8,6 +8,7 @@ input or output is that place. `language_model` puts its hooks there.
     layers.{i}.attn_heads       the heads' outputs side by side, before the output projection
     layers.{i}.attn_out         what attention adds to the stream (after a post-norm, if any)
     layers.{i}.resid_mid        the stream between attention and MLP (not in parallel layers)
+    layers.{i}.mlp_in           what the MLP reads (after its norm, if one stands before it)
     layers.{i}.mlp_acts         the MLP's hidden activations, before its output projection
     layers.{i}.mlp_out          what the MLP adds to the stream
     layers.{i}.resid_post       the stream as layer i leaves it
@@ -36,6 +37,7 @@ LAYER_PLACES = (
     "attn_heads",
     "attn_out",
     "resid_mid",
+    "mlp_in",
     "mlp_acts",
     "mlp_out",
     "resid_post",

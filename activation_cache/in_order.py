@@ -16,7 +16,7 @@ from .packing import BOS_POSITION
 from .read_ahead import read_ahead
 from .row_selection import RowSelection, Split
 from .shard_reader import ShardReader
-from .stored_rows import Exact, StoredRows
+from .stored_rows import StoredRows
 
 CHUNK_BYTES = 16_000_000
 """Of float32. Larger ones come from the system and go back to it each time, page by page."""
@@ -92,9 +92,7 @@ class InOrder:
         if scales is None:
             return StoredRows(raw)
         name = self._shards.shards[shard].record.calibrations[hookpoint]
-        small = self._shards.small(shard, hookpoint)
-        inside = (small["exact_at"] >= first) & (small["exact_at"] < last)
-        exact = Exact(small["exact_at"][inside] - first, small["exact_acts"][inside])
+        exact = self._shards.exact(shard, hookpoint).between(first, last)
         calibration = self._shards.calibration(hookpoint, name)
         return StoredRows(raw, scales, [calibration], exact=exact)
 

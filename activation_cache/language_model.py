@@ -82,6 +82,8 @@ class LanguageModel:
     ) -> "LanguageModel":
         """Load a model by hub id, local folder, `.gguf` file, or "demo" (SmolLM2-135M-Instruct).
 
+        name: with "#random-weights=0" behind it, the model's untrained twin: the same configuration
+        and tokenizer, weights drawn anew with that seed. It keeps that name in every artifact.
         device: "auto" takes CUDA where there is one; else "cpu", "cuda:1", "mps".
         dtype: "float32", "bfloat16", "float16"; "auto" is bfloat16 on CUDA and float32 elsewhere.
         revision: a branch, tag or commit on the hub.
@@ -210,11 +212,13 @@ class LanguageModel:
         """Whether an edit is active."""
         return self._n_edits > 0
 
-    @torch.no_grad()
-    def logits(self, inputs: str | Sequence[str] | Tensor) -> Tensor:
-        """Logits of a plain forward pass, [batch, seq, vocab], in the model's dtype."""
+    def logits(self, inputs: str | Sequence[str] | Tensor, *, grad: bool = False) -> Tensor:
+        """Logits of a plain forward pass, [batch, seq, vocab], in the model's dtype.
+
+        grad: whether gradients flow back from them, to what edits put in (the model is frozen).
+        """
         token_ids, mask = self.token_batch(inputs)
-        with self._turn:
+        with self._turn, torch.set_grad_enabled(grad):
             return self._forward(token_ids, mask).logits  # type: ignore[no-any-return]
 
     @torch.no_grad()

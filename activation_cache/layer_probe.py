@@ -5,7 +5,8 @@ or the reason why the layer has none. A first run shows which modules there are 
 they run. Then known noise, as large as the stream, replaces what attention and MLP seem to add, and
 a place is accepted only where the sums come out: `resid_mid = resid_pre + attn_out` and
 `resid_post = resid_mid + mlp_out`. The noise is what makes the sums tell: what a trained layer adds
-may be so small against the stream that in bfloat16 anything adds up.
+may be so small against the stream that in bfloat16 anything adds up. `mlp_in` is where the same
+noise twice makes the same `mlp_out`, whatever the stream is.
 """
 
 import re
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from .sites import Edit, Site, first_tensor, hooked
 
-INNER_PLACES = ("attn_heads", "attn_out", "resid_mid", "mlp_acts", "mlp_out")
+INNER_PLACES = ("attn_heads", "attn_out", "resid_mid", "mlp_in", "mlp_acts", "mlp_out")
 _ATTENTION_CLASS = re.compile(r"attention|attn|mixer|mamba|deltanet|linearatt|shortconv", re.I)
 _PARALLEL = "attention and MLP run in parallel"
 _UNCLEAR = "what is added to the stream is not the output of one module"
@@ -52,7 +53,8 @@ def places_inside(layer: nn.Module, run: Callable[[], None]) -> Places:
     parts = _attention_and_mlp(layer, calls)
     if whole is None or parts is None:
         return dict.fromkeys(INNER_PLACES, "its layers have no separate attention and MLP modules")
-    attention, mlp = parts
+    attention, others = parts
+    mlp = others[-1]
     projections = _last_projection(attention, calls), _last_projection(mlp, calls)
     found: Places = dict.fromkeys(INNER_PLACES, _UNCLEAR)
     for attn_added in _candidates(attention, projections[0], calls):
@@ -66,6 +68,7 @@ def places_inside(layer: nn.Module, run: Callable[[], None]) -> Places:
             break
     found["attn_heads"] = _hidden(attention, projections[0], found["attn_out"])
     found["mlp_acts"] = _hidden(mlp, projections[1], found["mlp_out"])
+    found["mlp_in"] = _mlp_input(whole, others, run, found["mlp_out"])
     return found
 
 
@@ -92,8 +95,9 @@ def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def _attention_and_mlp(layer: nn.Module, calls: list[Call]) -> tuple[Call, Call] | None:
-    """The calls of the layer's attention and of its MLP: the last other child with a matrix."""
+def _attention_and_mlp(layer: nn.Module, calls: list[Call]) -> tuple[Call, list[Call]] | None:
+    """The calls of the layer's attention and of its other children with a matrix: the last of them
+    is the MLP, or the MLP's output projection where the layer itself holds its matrices (OPT)."""
     children = set(layer.children())
     top = [c for c in calls if c.module in children]
     attention = next((c for c in top if _ATTENTION_CLASS.search(type(c.module).__name__)), None)
@@ -104,7 +108,7 @@ def _attention_and_mlp(layer: nn.Module, calls: list[Call]) -> tuple[Call, Call]
         and not is_norm(c.module)
         and any(p.dim() >= 2 for p in c.module.parameters())
     ]
-    return (attention, others[-1]) if attention and others else None
+    return (attention, others) if attention and others else None
 
 
 def _candidates(call: Call, projection: Call | None, calls: list[Call]) -> list[nn.Module]:
@@ -162,6 +166,26 @@ def _hidden(call: Call, projection: Call | None, added: Site | str) -> Site | st
         if is_added or torch.equal(projection.y.flatten(), call.y.flatten()):
             return Site(projection.module, on_input=True)
     return f"{type(call.module).__name__} ends in no single output projection"
+
+
+def _mlp_input(
+    whole: Call, others: list[Call], run: Callable[[], None], mlp_out: Site | str
+) -> Site | str:
+    """The input of the first child that alone decides what the MLP puts out."""
+    if isinstance(mlp_out, str):
+        return mlp_out
+    for call in others:
+        held = _replace_by(_noise_like(call.x, seed=3))
+        outputs = []
+        for seed in (4, 5):
+            stream = _replace_by(_noise_like(whole.x, seed=seed))
+            hooks = [(Site(whole.module, True), stream), (Site(call.module, True), held)]
+            with hooked(hooks), recorded([mlp_out.module]) as calls:
+                run()
+            outputs.append(calls[-1].y)
+        if _adds_up(outputs[0], torch.zeros_like(outputs[0]), outputs[1]):
+            return Site(call.module, on_input=True)
+    return "what the MLP puts out depends on more than the input of one module"
 
 
 def _noise_like(x: Tensor, seed: int) -> Tensor:

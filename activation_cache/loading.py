@@ -23,7 +23,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 from .errors import ModelError
@@ -32,6 +32,8 @@ from .hub import hub_answers
 log = logging.getLogger(__name__)
 
 DEMO = "demo"
+RANDOM_WEIGHTS = "#random-weights="
+"""Between the name of a model and a seed: its untrained twin, which that whole is the name of."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
 _LOADING_ERRORS = (
@@ -62,8 +64,9 @@ def load_model(
 ) -> LoadedModel:
     """Load `name`. See `LanguageModel.load` for what the arguments may be."""
     to_device, torch_dtype = resolve_device(device), resolve_dtype(dtype, device)
-    folder, weights_hash = _local_source(name)
-    source = str(folder) if folder else name
+    base, seed = base_and_seed(name)
+    folder, weights_hash = _local_source(base)
+    source = str(folder) if folder else base
     if folder and revision:
         raise ModelError(f"revision={revision!r} is for models on the hub, and {name!r} is a file")
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
@@ -72,12 +75,36 @@ def load_model(
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **kwargs)
-            model = model.to(to_device)
+            if seed is None:
+                model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **kwargs)
+            else:
+                model, weights_hash = _untrained(source, seed, kwargs)
+            model = model.to(device=to_device, dtype=torch_dtype)
     except _LOADING_ERRORS as error:
-        raise ModelError(_cannot_load(name, folder, error)) from error
+        raise ModelError(_cannot_load(base, folder, error)) from error
     commit = getattr(model.config, "_commit_hash", None)
     return LoadedModel(model, tokenizer, weights_hash or commit or model_revision(model))
+
+
+def base_and_seed(name: str) -> tuple[str, int | None]:
+    """A model's name and the seed of its untrained twin, if the name is one's:
+    `gpt2#random-weights=0`. Raises: ModelError if the seed is no number."""
+    base, mark, seed = name.partition(RANDOM_WEIGHTS)
+    if mark and not (seed.isascii() and seed.isdigit()):
+        raise ModelError(f"model {name!r}: expected a number from 0 after {RANDOM_WEIGHTS}")
+    return base, int(seed) if mark else None
+
+
+def _untrained(source: str, seed: int, kwargs: dict[str, Any]) -> tuple[Any, str]:
+    """A model of the same configuration with fresh weights, as its architecture draws them, and
+    their hash."""
+    config = AutoConfig.from_pretrained(source, **kwargs)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=kwargs["trust_remote_code"]
+        )
+    return model, model_revision(model)
 
 
 def resolve_device(device: str) -> torch.device:

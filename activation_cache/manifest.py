@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .errors import CacheCorrupt, CacheError, CacheMismatch
+from .errors import MEND, CacheCorrupt, CacheError, CacheMismatch
 from .quantization import QuantizationSums
 from .store import Store
 
@@ -185,7 +185,7 @@ def read_records(store: Store, manifest: Manifest) -> list[ShardRecord]:
     try:
         read = list(store.read_all(names))
     except OSError as error:
-        raise CacheCorrupt(f"a record of {store.root} can't be read: {error}. {_MEND}") from error
+        raise CacheCorrupt(f"a record of {store.root} can't be read: {error}. {MEND}") from error
     records = [
         ShardRecord.parse(store, name, parsed_json(store.path(name), data)) for name, data in read
     ]
@@ -194,8 +194,7 @@ def read_records(store: Store, manifest: Manifest) -> list[ShardRecord]:
         if expected >= len(records) or records[expected].shard != expected:
             raise CacheCorrupt(
                 f"{store.root} lacks shard {expected} of {n_shards}: "
-                f"{store.path(record_name(expected))} is missing. Put it back, or make it again "
-                "with `saebase harvest --repair`"
+                f"{store.path(record_name(expected))} is missing. {MEND}"
             )
     return records
 
@@ -242,13 +241,10 @@ def parsed_json(path: str, data: bytes) -> dict[str, Any]:
     try:
         raw = json.loads(data)
     except ValueError as error:
-        raise CacheCorrupt(f"{path} can't be read: {error}. {_MEND}") from error
+        raise CacheCorrupt(f"{path} can't be read: {error}. {MEND}") from error
     if not isinstance(raw, dict):
-        raise CacheCorrupt(f"{path} holds {type(raw).__name__}: expected a JSON object. {_MEND}")
+        raise CacheCorrupt(f"{path} holds {type(raw).__name__}: expected a JSON object. {MEND}")
     return raw
-
-
-_MEND = "Make it again with `saebase harvest --repair`, or restore it"
 
 
 def write_record(store: Store, name: str, record: BaseModel) -> None:
@@ -266,7 +262,7 @@ def read_record(kind: type[T], store: Store, name: str) -> T:
 def _validated(kind: type[T], raw: dict[str, Any], path: str) -> T:
     checksum = raw.pop("checksum", None)
     if checksum != _checksum(raw):
-        raise CacheCorrupt(f"{path} is damaged: it does not match its checksum. {_MEND}")
+        raise CacheCorrupt(f"{path} is damaged: it does not match its checksum. {MEND}")
     try:
         return kind.model_validate(raw)
     except ValidationError as error:

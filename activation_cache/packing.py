@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .read_ahead import read_ahead
 from .rows import Document
 
 BOS_POSITION = -1
 """Position of a BOS row: it belongs to no place in a document."""
-_TOKENIZED_AT_ONCE = 64
+_DOCUMENTS_AT_ONCE = 64
+_CHARACTERS_AT_ONCE = 1 << 16
 
 
 class Position(NamedTuple):
@@ -118,15 +120,34 @@ def _tokenized(
     numbered: Iterable[tuple[int, Document]], tokenizer: Any, packing: Packing
 ) -> Iterator[tuple[int, str, list[int]]]:
     """(doc_id, source, tokens with the separator) of each document; one that is empty or too short
-    has no tokens."""
-    left = iter(numbered)
-    while group := list(itertools.islice(left, _TOKENIZED_AT_ONCE)):
+    has no tokens. On a thread, so that a model on a GPU does not wait for its text."""
+
+    def tokenized(group: list[tuple[int, Document]]) -> list[tuple[int, str, list[int]]]:
         ids = tokenizer(
             [document.text for _, document in group], add_special_tokens=False, verbose=False
         ).input_ids
-        for (doc_id, document), tokens in zip(group, ids, strict=True):
-            is_too_short = len(tokens) < (packing.min_doc_tokens or 0)
-            kept = [] if is_too_short else tokens[: packing.max_doc_tokens]
-            if kept and packing.separator_id is not None:
-                kept = [*kept, packing.separator_id]
-            yield doc_id, document.source, kept
+        return [
+            (doc_id, document.source, _kept(tokens, packing))
+            for (doc_id, document), tokens in zip(group, ids, strict=True)
+        ]
+
+    return itertools.chain.from_iterable(read_ahead(map(tokenized, _groups(numbered))))
+
+
+def _groups(numbered: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
+    """Documents that are tokenized together: little text, or the first pass of the model waits."""
+    group: list[tuple[int, Document]] = []
+    n_characters = 0
+    for each in numbered:
+        group.append(each)
+        n_characters += len(each[1].text)
+        if len(group) == _DOCUMENTS_AT_ONCE or n_characters >= _CHARACTERS_AT_ONCE:
+            yield group
+            group, n_characters = [], 0
+    if group:
+        yield group
+
+
+def _kept(tokens: list[int], packing: Packing) -> list[int]:
+    kept = [] if len(tokens) < (packing.min_doc_tokens or 0) else tokens[: packing.max_doc_tokens]
+    return [*kept, packing.separator_id] if kept and packing.separator_id is not None else kept

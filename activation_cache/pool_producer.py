@@ -8,7 +8,7 @@ again, after a kill, is made again from where its text begins.
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -70,10 +70,8 @@ class PoolProducer:
 
     def release(self, pool: int) -> None:
         """Remove the pools before `pool`."""
-        first = pool * self._plan.shards_per_pool
         with self._changed:
-            for shard in [number for number in self._records if number < first]:
-                self._remove(self._records.pop(shard))
+            self._keep(lambda shard: shard >= pool * self._plan.shards_per_pool)
             self._changed.notify_all()
 
     def holds_before(self, pool: int) -> bool:
@@ -88,7 +86,8 @@ class PoolProducer:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
-        self._thread, self._is_stopped, self._blocks_at = None, False, None
+        self._thread, self._is_stopped = None, False
+        self._blocks, self._blocks_at = iter(()), None
 
     # -- the thread ------------------------------------------------------------------------------
 
@@ -97,16 +96,11 @@ class PoolProducer:
         if self._thread is not None and self._working_on > pool:
             self.stop()
         if self._thread is None:
-            self._keep_two_from(pool)
+            # pools too far ahead of one that is wanted again have its room
+            self._keep(lambda shard: shard < (pool + 2) * self._plan.shards_per_pool)
             self._working_on = pool
             self._thread = threading.Thread(target=self._run, args=(pool,), daemon=True)
             self._thread.start()
-
-    def _keep_two_from(self, pool: int) -> None:
-        """Remove pools that lie too far ahead of one that is wanted again: it needs their room."""
-        end = (pool + 2) * self._plan.shards_per_pool
-        for shard in [number for number in self._records if number >= end]:
-            self._remove(self._records.pop(shard))
 
     def _run(self, first_pool: int) -> None:
         try:
@@ -224,11 +218,13 @@ class PoolProducer:
         files = (file for record in self._records.values() for file in record.files.values())
         return sum(file.n_bytes for file in files)
 
-    def _remove(self, record: ShardRecord) -> None:
-        """The record first: then the shard does not exist."""
-        self._store.remove(record_name(record.shard))
-        for stream in record.files:
-            self._store.remove(shard_name(record.shard, stream))
+    def _keep(self, is_wanted: Callable[[int], bool]) -> None:
+        """Remove the other shards; their records first: then a shard does not exist."""
+        for shard in [number for number in self._records if not is_wanted(number)]:
+            record = self._records.pop(shard)
+            self._store.remove(record_name(shard))
+            for stream in record.files:
+                self._store.remove(shard_name(shard, stream))
 
 
 class _Stopped(Exception):

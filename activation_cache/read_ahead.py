@@ -37,13 +37,19 @@ def in_parallel(work: Callable[..., None], calls: Iterable[tuple[Any, ...]], n: 
             raise
 
 
-def one_ahead_on_gpu(
+def copied_ahead(
     batches: Iterator[dict[str, Tensor]], device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches that are put on a CUDA device, each copied while the one before it is used.
+    """Batches that are put on a device: on CUDA, each is copied while the one before it is used.
 
     The copies and what decodes them run on a stream of their own.
     """
+    return _one_ahead_on_gpu(batches, device) if device.type == "cuda" else batches
+
+
+def _one_ahead_on_gpu(
+    batches: Iterator[dict[str, Tensor]], device: torch.device
+) -> Iterator[dict[str, Tensor]]:
     side = torch.cuda.Stream(device)
 
     def made() -> Iterator[dict[str, Tensor]]:

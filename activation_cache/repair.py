@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import CacheCorrupt, CacheError, CorpusError
+from .errors import MEND, CacheCorrupt, CacheError, CorpusError
 from .manifest import (
     MANIFEST,
     MANIFEST_COPY,
@@ -136,7 +136,7 @@ def _is_intact(store: Store, record: ShardRecord, hookpoints: Iterable[str]) -> 
     try:
         verify_shard(store, record, hookpoints)
     except CacheCorrupt as error:
-        log.warning("%s", error)
+        log.warning("%s", str(error).removesuffix(f". {MEND}"))
         return False
     return True
 

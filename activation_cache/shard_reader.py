@@ -16,6 +16,7 @@ from .parts import Part
 from .quantization import Calibration
 from .shards import TOKENS, calibration_in, open_file
 from .store import Store
+from .stored_rows import Exact
 from .tensor_file import TensorFile
 
 
@@ -35,6 +36,7 @@ class ShardReader:
         self.file = lru_cache(maxsize=4096)(self._open)
         self.tokens = lru_cache(maxsize=8)(self._load_tokens)
         self.calibration = lru_cache(maxsize=64)(self._load_calibration)
+        self.exact = lru_cache(maxsize=8)(self._load_exact)
 
     @classmethod
     def of(cls, parts: Sequence[Part]) -> "ShardReader":
@@ -83,6 +85,11 @@ class ShardReader:
     def _load_tokens(self, shard: int) -> dict[str, Tensor]:
         file = self.file(shard, TOKENS)
         return {"token_ids": file.rows(0, file.n_rows).rows, **file.small()}
+
+    def _load_exact(self, shard: int, hookpoint: str) -> Exact:
+        """The rows of an int8 shard that are stored as they are."""
+        small = self.small(shard, hookpoint)
+        return Exact(small["exact_at"], small["exact_acts"])
 
     def _load_calibration(self, hookpoint: str, name: str) -> Calibration:
         """The calibration of that hash, from the first shard that was coded by it."""

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from .errors import ModelError
 from .hookpoints import decoder_layers
 from .hub import hub_answers
-from .loading import _LOADING_ERRORS, _cannot_load, _local_source, _quiet
+from .loading import _LOADING_ERRORS, _cannot_load, _local_source, _quiet, base_and_seed
 
 
 class ModelShape(NamedTuple):
@@ -28,6 +28,7 @@ class ModelShape(NamedTuple):
 
 def model_shape(name: str, *, trust_remote_code: bool = False) -> ModelShape:
     """The shape of a model by hub id, folder, `.gguf` file or "demo". Raises: ModelError."""
+    name, _ = base_and_seed(name)
     folder, _ = _local_source(name)
     try:
         with _quiet():

@@ -15,6 +15,11 @@ class Exact(NamedTuple):
     at: Tensor
     acts: Tensor
 
+    def between(self, first: int, last: int) -> "Exact":
+        """Those in rows first..last-1, counted from `first`."""
+        inside = slice(*torch.searchsorted(self.at, torch.tensor([first, last])).tolist())
+        return Exact(self.at[inside] - first, self.acts[inside])
+
 
 class StoredRows:
     """raw: [n, width] in the storage dtype. For int8 also row_scales: float32 [n], the calibrations

@@ -33,7 +33,7 @@ from .parts import text_provenance
 from .pool_producer import PoolProducer, selection_of, shard_bytes_of
 from .pools import POOLS, STREAM, Journal, PoolRecord, StreamPlan, joint
 from .production import Producer
-from .read_ahead import one_ahead_on_gpu
+from .read_ahead import copied_ahead
 from .row_selection import Split
 from .shuffle import Blocks, Epoch, shuffled_batches
 from .store import LocalStore, Store
@@ -181,14 +181,13 @@ class ActivationStream:
 
         epochs: None; a stream has none.
         """
-        self._require_train(split)
-        if epochs is not None:
-            raise CacheError(f"epochs={epochs}: a stream has no epochs; give None")
         aligned = self.aligned_batches(
             [hookpoint],
             batch_size,
             seed=seed,
+            split=split,
             start_batch=start_batch,
+            epochs=epochs,
             rank=rank,
             world_size=world_size,
             device=device,
@@ -202,13 +201,18 @@ class ActivationStream:
         batch_size: int,
         *,
         seed: int = 0,
+        split: Split = "train",
         start_batch: int = 0,
+        epochs: int | None = None,
         rank: int = 0,
         world_size: int = 1,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Iterator[dict[str, Tensor]]:
         """Like `batches`, at one or at all hookpoints: row i is the same token at each."""
+        self._require_train(split)
+        if epochs is not None:
+            raise CacheError(f"epochs={epochs}: a stream has no epochs; give None")
         rows_per_pool = self._plan.shard_rows * self._plan.shards_per_pool
         if batch_size * MIN_BATCHES_PER_POOL > rows_per_pool:
             raise CacheError(
@@ -225,8 +229,7 @@ class ActivationStream:
             rank=rank,
             world_size=world_size,
         )
-        batches = one_ahead_on_gpu(batches, to) if to.type == "cuda" else batches
-        return self._until_closed(batches, is_over)
+        return self._until_closed(copied_ahead(batches, to), is_over)
 
     def aligned_sample(
         self, hookpoints: Sequence[str], batch_size: int, *, seed: int = 0, near_row: int = 0
@@ -331,7 +334,8 @@ def _require_budget(max_disk_bytes: int, config: HarvestConfig) -> None:
     if 0 < max_disk_bytes < 2 * config.shard_bytes:
         raise CacheError(
             f"max_disk={max_disk_bytes:,} bytes is less than two shards of "
-            f"{config.shard_bytes:,}: raise it, lower shard_bytes, or give 0 to keep rows in memory"
+            f"{config.shard_bytes:,}: raise it, lower harvest.shard_bytes, or give 0 to keep rows "
+            "in memory"
         )
 
 
@@ -352,7 +356,7 @@ def _planned(
             raise CacheMismatch(
                 f"max_disk={max_disk_bytes:,} bytes is less than two shards of "
                 f"{shard_bytes_of(fingerprint, n_rows):,} with {len(fingerprint.hookpoints)} "
-                "hookpoints: raise it, or lower shard_bytes"
+                "hookpoints: raise it, or lower harvest.shard_bytes"
             )
     else:
         pass_rows = fingerprint.batch_blocks * fingerprint.ctx_len

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .durable import DurableFile
-from .errors import CacheCorrupt
+from .errors import MEND, CacheCorrupt
 from .formats import SAFETENSORS_NAMES, TORCH_DTYPES
 from .manifest import BLOCK_ROWS, FileRecord
 from .store import ByteRange, Store
@@ -300,4 +300,4 @@ def _entry(dtype: torch.dtype, shape: tuple[int, ...], start: int) -> dict[str, 
 
 
 def _damaged(path: str, how: str) -> str:
-    return f"{path} is damaged: {how}. Make it again with `saebase harvest --repair`, or restore it"
+    return f"{path} is damaged: {how}. {MEND}"

@@ -4,7 +4,6 @@ In: shards, which of their rows are kept, and hookpoints. Out: `Blocks` for `shu
 holds rows as they are stored; only those of a batch become floats, on the device that asks.
 """
 
-import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -185,11 +184,10 @@ class WindowLoader:
     def _exact(self, hookpoint: str, places: list[tuple[int, int, int]]) -> Exact:
         """The rows among these that are stored as they are."""
         at, acts = [], []
-        for shard, inside_shard in itertools.groupby(places, key=lambda place: place[0]):
-            small = self._shards.small(shard, hookpoint)
-            for _, block, begin in inside_shard:
-                inside = small["exact_at"] // BLOCK_ROWS == block
-                at.append(small["exact_at"][inside] - block * BLOCK_ROWS + begin)
-                acts.append(small["exact_acts"][inside])
+        for shard, block, begin in places:
+            first = block * BLOCK_ROWS
+            inside = self._shards.exact(shard, hookpoint).between(first, first + BLOCK_ROWS)
+            at.append(inside.at + begin)
+            acts.append(inside.acts)
         places_of, order = torch.cat(at).sort()
         return Exact(places_of, torch.cat(acts)[order])

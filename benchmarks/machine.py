@@ -56,21 +56,23 @@ def in_rounds(
     *,
     n_warmup: int = 0,
     before: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each candidate in each round; they run one after the other, `repeat` rounds, and
     each round begins with the next one: what a disk does depends on what came before.
 
     n_warmup: rounds ahead of those that are counted. before: run ahead of each call, not timed.
+    clock: `time.process_time` counts the seconds of all threads together, whatever else runs.
     """
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for round_number in range(repeat + n_warmup):
         for name in names[round_number % len(names) :] + names[: round_number % len(names)]:
             before()
-            started = time.perf_counter()
+            started = clock()
             candidates[name]()
             if round_number >= n_warmup:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
 
 

@@ -102,6 +102,12 @@ def _resolve(sae_id: int, given: SAE | str | Path, cache: "ActivationCache") -> 
         sae = given
     else:
         sae, name, report = SAE.load(given), Path(given).name, _report(Path(given))
+    if sae.wiring is not None and (len(sae.wiring.reads) > 1 or sae.d_out != sae.d_model):
+        raise IndexingError(
+            f"an index reads one place and follows features into the logits; this SAE is wired "
+            f"{sae.wiring.name}, {sae.d_model} wide to {sae.d_out}: pass an SAE of one place, or a "
+            "transcoder between places of equal width"
+        )
     hookpoint = sae.hookpoint or _only_hookpoint(cache)
     if hookpoint not in cache.hookpoints:
         raise IndexingError(

@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from sae import Report
+
 from . import tables
 from .codes import Int64
 from .collect import SAEState, TokenSpool
@@ -72,6 +74,8 @@ class Writer:
         word_rates = _word_rates(self.words.texts, state.totals.token_counts)
         with transaction(self._connection):
             insert(self._connection, "saes", _sae_row(state, self._cache))
+            if state.indexed.report is not None:
+                insert(self._connection, "metrics", _metric_rows(sae_id, state.indexed.report))
             for first in range(0, d_sae, _FEATURES_AT_ONCE):
                 where = Features(sae_id, first, min(first + _FEATURES_AT_ONCE, d_sae))
                 for table, rows in self._rows(where, state, word_rates):
@@ -227,3 +231,15 @@ def _sae_row(state: SAEState, cache: "ActivationCache") -> pa.Table:
         "created_at": datetime.datetime.now(datetime.UTC).replace(tzinfo=None),
     }
     return pa.Table.from_pylist([row])
+
+
+def _metric_rows(sae_id: int, report: Report) -> pa.Table:
+    figures = report.figures()
+    return pa.table(
+        {
+            "sae_id": pa.array([sae_id] * len(figures), pa.int32()),
+            "name": [figure.name for figure in figures],
+            "value": pa.array([figure.value for figure in figures], pa.float64()),
+            "definition": [figure.definition for figure in figures],
+        }
+    )

@@ -80,6 +80,11 @@ def steer(
     Raises: SteeringError for an unknown feature, a dose that is not finite, a feature without a
         unit (it was never active), or an SAE that was trained on another model or width.
     """
+    if sae.wiring is not None and (not sae.is_tied or not sae.has_one_output):
+        raise SteeringError(
+            "steering edits the one place that an SAE reads and reconstructs; this one is wired "
+            f"{sae.wiring.name}: pass an SAE of one place"
+        )
     place = hookpoint or sae.hookpoint
     if place is None:
         raise SteeringError("the SAE names no hookpoint: pass hookpoint='layers.6.resid_post'")

@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
-from cyclopts.config import Yaml
+from cyclopts.config import Dict
 from rich.console import Console
 
 from activation_cache import configure_block_cache
+from sae import ConfigError
 
 from .config import read_yaml, unknown_key
 from .errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, USER_ERRORS, PipelineError
+from .ranks import SilentExit, is_first_rank
+from .sweep import texts_of
 
 console = Console()
 error_console = Console(stderr=True)
@@ -49,12 +52,20 @@ def _launch(
     config: Annotated[Path | None, Parameter(help="YAML file with any flags of the verb.")] = None,
     debug: Annotated[bool, Parameter(negative=(), help="Show tracebacks.")] = False,
 ) -> None:
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s")
+    level = logging.WARNING if is_first_rank() else logging.ERROR
+    logging.basicConfig(level=logging.DEBUG if debug else level, format="%(message)s")
     if config is not None:
-        read_yaml(config)
-        app.config = Yaml(config, use_commands_as_keys=False, must_exist=True)
+        app.config = Dict(_flags_in(config), source=str(config), use_commands_as_keys=False)
     _configure_blocks(os.environ.get("SAEBASE_BLOCKS"), os.environ.get("SAEBASE_BLOCKS_GB"))
     app(tokens, exit_on_error=False, print_error=False)
+
+
+def _flags_in(config: Path) -> dict[str, Any]:
+    """Flags of a YAML file; a sweep may stand there as `sweep: {k: [16, 32]}`."""
+    flags = read_yaml(config)
+    if isinstance(flags.get("sweep"), dict):
+        flags["sweep"] = texts_of(flags["sweep"])
+    return flags
 
 
 def _configure_blocks(folder: str | None, gigabytes: str | None) -> None:
@@ -81,10 +92,14 @@ def run(arguments: Sequence[str]) -> int:
     except (*USER_ERRORS, CycloptsError) as error:
         if "--debug" in tokens:
             error_console.print_exception()
-        _tell(_message(error))
+        if is_first_rank() or not isinstance(error, CycloptsError | ConfigError):
+            _tell(_message(error))  # a mistake on the line is every process's, and told by one
+        return EXIT_USER_ERROR
+    except SilentExit:
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        error_console.print("saebase: interrupted; the same command goes on from here")
+        if is_first_rank():
+            error_console.print("saebase: interrupted; the same command goes on from here")
         return EXIT_INTERRUPTED
     except Exception as error:
         if "No space left on device" not in str(error):

@@ -5,6 +5,7 @@
     hookpoints: [layers.6.resid_post]      d_sae: 16384
     out: runs/gpt2                         k: 64
     harvest: {n_tokens: 20000000}        train: {lr: 0.0003}
+                                         sweep: {k: [32, 64], seed: [0, 1]}
 
 The sections `harvest`, `sae`, `train`, `evaluate` and `index` take the fields of the configs of the
 packages that do the work; defaults stand there and nowhere else.
@@ -17,16 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from activation_cache import HarvestConfig
 from feature_db import IndexConfig
-from sae import EvalConfig, SAEConfig, SAEError, TrainConfig
-from sae.architectures import config_of
+from sae import EvalConfig, SAEError, TrainConfig
+from sae.training import RunSpec
+from sae.wiring import Wiring
 
 from .errors import ConfigFileError, PipelineError
-
-DEFAULT_ARCHITECTURE = "batch_topk"
+from .sae_settings import DEFAULT_ARCHITECTURE
+from .sweep import Axes, RunSettings, checked, specs_of
 
 
 class PipelineConfig(BaseModel):
@@ -36,24 +38,47 @@ class PipelineConfig(BaseModel):
 
     model: str = Field(description="Hub id, local folder, .gguf file, or demo.")
     dataset: str = Field(description="Hub dataset, .jsonl, .txt or .parquet file, folder, or demo.")
-    hookpoints: list[str] = Field(min_length=1, description="Places in the model, an SAE for each.")
+    hookpoints: list[str] = Field(
+        default_factory=list, description="Places in the model, an SAE for each."
+    )
+    wiring: Wiring | None = Field(
+        None,
+        description="What one transcoder or crosscoder reads and writes, instead of hookpoints; a "
+        "crosscoder writes what it reads, and that may be left out.",
+    )
+    sweep: Axes = Field(
+        default_factory=dict, description="Lists of values by setting: an SAE for each combination."
+    )
     out: Path = Field(description="Folder for acts, the trained SAEs and the database.")
     acts: str = Field("", description="Folder or URL of the cache; left out, acts in `out`.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps.")
     dtype: str = Field("auto", description="The model's: auto, float32, bfloat16 or float16.")
     harvest: HarvestConfig = Field(default_factory=HarvestConfig)
-    sae: SAEConfig
+    sae: dict[str, Any] = Field(
+        description="architecture and its settings; those that a sweep varies may be left out."
+    )
     train: TrainConfig = Field(default_factory=TrainConfig)
     evaluate: EvalConfig = Field(default_factory=EvalConfig)
     index: IndexConfig = Field(default_factory=IndexConfig)
 
-    @field_validator("sae", mode="before")
+    @field_validator("wiring", mode="before")
     @classmethod
-    def _sae_of_its_architecture(cls, section: Any) -> Any:
-        if not isinstance(section, Mapping):
-            return section
-        settings = dict(section)
-        return config_of(settings.pop("architecture", DEFAULT_ARCHITECTURE), settings)
+    def _writes_what_it_reads(cls, section: Any) -> Any:
+        is_short = isinstance(section, Mapping) and "reads" in section and "writes" not in section
+        return {**section, "writes": section["reads"]} if is_short else section
+
+    @model_validator(mode="after")
+    def _runs_can_be_made(self) -> "PipelineConfig":
+        try:
+            if (self.wiring is None) == (not self.hookpoints):
+                raise PipelineError("give one of hookpoints (at least one) and wiring")
+            if "hookpoint" in self.sweep:
+                raise PipelineError("sweep of hookpoint: list the places under hookpoints instead")
+            checked(self.sweep)
+            self.runs()
+        except (PipelineError, SAEError) as error:
+            raise ValueError(str(error)) from error
+        return self
 
     @field_validator("out")
     @classmethod
@@ -74,9 +99,27 @@ class PipelineConfig(BaseModel):
         """File of the feature database."""
         return self.out / "features.duckdb"
 
+    @property
+    def places(self) -> list[str]:
+        """Every place in the model that activations are needed of."""
+        return self.hookpoints if self.wiring is None else list(self.wiring.hookpoints)
+
     def run_folder(self, hookpoint: str) -> Path:
-        """Folder of the SAE at `hookpoint`: `run`, or one in `runs` where there are several."""
-        return self.out / "run" if len(self.hookpoints) == 1 else self.out / "runs" / hookpoint
+        """Folder of the SAE at `hookpoint`: `run`, or one in `runs` where there are several. A
+        sweep's SAEs lie inside."""
+        return self.out / "run" if len(self.hookpoints) < 2 else self.out / "runs" / hookpoint
+
+    def runs(self) -> list[tuple[Path, list[RunSpec]]]:
+        """By folder what is trained together: one SAE, or all of a sweep."""
+        settings = dict(self.sae)
+        architecture = str(settings.pop("architecture", DEFAULT_ARCHITECTURE))
+        places: list[str | Wiring] = [self.wiring] if self.wiring else [*self.hookpoints]
+        made = []
+        for place in places:
+            out = self.run_folder(place if isinstance(place, str) else place.name)
+            base = RunSettings(architecture, place, settings, self.train)
+            made.append((out, specs_of(base, self.sweep, out)))
+        return made
 
 
 def require_local(path: Path) -> None:

@@ -44,16 +44,16 @@ class Place(NamedTuple):
     site: str
 
 
-def require_plot(file: Path) -> None:
+def require_plot(file: Path, *, flag: str = "--plot", suffixes: Sequence[str] = SUFFIXES) -> None:
     """Raises: PipelineError if `file` can't be drawn into: said before any work is done."""
-    if file.suffix.lower() not in SUFFIXES:
-        raise PipelineError(f"--plot {file}: expected a name that ends in {' or '.join(SUFFIXES)}")
+    if file.suffix.lower() not in suffixes:
+        raise PipelineError(f"{flag} {file}: expected a name that ends in {' or '.join(suffixes)}")
     if not file.parent.is_dir():
-        raise PipelineError(f"--plot {file}: there is no folder {file.parent}; make it first")
+        raise PipelineError(f"{flag} {file}: there is no folder {file.parent}; make it first")
     if file.is_dir() or not os.access(file.parent, os.W_OK):
-        raise PipelineError(f"--plot {file}: can't be written; choose another file")
+        raise PipelineError(f"{flag} {file}: can't be written; choose another file")
     if importlib.util.find_spec("matplotlib") is None:
-        raise PipelineError("--plot needs matplotlib: pip install 'saebase[plots]'")
+        raise PipelineError(f"{flag} needs matplotlib: pip install 'saebase[plots]'")
 
 
 def write_figure(figure: "Figure", file: Path) -> None:

@@ -8,6 +8,7 @@ the constants below turn it into that of whole stages, as measured on the demo
 
 import shutil
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import psutil
@@ -18,12 +19,15 @@ from activation_cache.formats import TOKEN_BYTES, row_bytes
 from activation_cache.loading import resolve_device, resolve_dtype
 from activation_cache.skeleton import ModelShape, model_shape
 from sae import TrainConfig
+from sae.kernels import kernels_of
+from sae.training import RunSpec
+from sae.wiring import wiring_of
 
 from .config import PipelineConfig
 
 MODEL_EFFICIENCY = 0.55
 SAE_EFFICIENCY = 0.7
-TRAIN_PRODUCTS = {"float32": 1.5, "bfloat16": 1.1}
+TRAIN_PRODUCTS = {"auto": 1.1, "float32": 1.5, "bfloat16": 1.1, "int8": 0.6}
 """A training step over one float32 encoder product of its size (benchmarks/train.py)."""
 INDEX_S_PER_TOKEN = 60e-6
 DATABASE_BYTES_PER_FEATURE = 9_000
@@ -102,9 +106,10 @@ def make_plan(config: PipelineConfig) -> Plan:
     sae_speed = measured_flops(device, torch.float32) * SAE_EFFICIENCY
     model_bytes = shape.n_params * dtype.itemsize
     stages = [_harvest_plan(config, shape, model_bytes, model_speed)]
-    for _ in config.hookpoints:
-        stages.append(_train_plan(config, shape.d_model, sae_speed))
-        stages.append(_evaluate_plan(config, shape, model_bytes, model_speed))
+    for _, specs in config.runs():
+        stages.append(_train_plan(config, specs, shape.d_model, sae_speed))
+        for _ in specs:
+            stages.append(_evaluate_plan(config, shape, model_bytes, model_speed))
     stages.append(_index_plan(config, shape, model_bytes, sae_speed))
     home = next(p for p in (config.out, *config.out.resolve().parents) if p.exists())
     return Plan(stages, shutil.disk_usage(home).free, float(psutil.virtual_memory().available))
@@ -154,13 +159,13 @@ def _harvest_plan(
     config: PipelineConfig, model: ModelShape, model_bytes: int, flops: float
 ) -> StagePlan:
     n_tokens = config.harvest.n_tokens
-    n_layers = _layers_run(config.hookpoints, model.n_layers)
+    n_layers = _layers_run(config.places, model.n_layers)
     attention = 4 * config.harvest.ctx_len * model.d_model
     per_token = n_layers * (2 * model.params_per_layer + attention)
     stored = row_bytes(model.d_model, config.harvest.storage_dtype)
-    token_bytes = TOKEN_BYTES + len(config.hookpoints) * stored
+    token_bytes = TOKEN_BYTES + len(config.places) * stored
     batch = config.harvest.batch_blocks * config.harvest.ctx_len
-    activations = batch * model.d_model * 4 * (8 + 2 * len(config.hookpoints))
+    activations = batch * model.d_model * 4 * (8 + 2 * len(config.places))
     return StagePlan(
         "harvest",
         n_tokens,
@@ -170,24 +175,36 @@ def _harvest_plan(
     )
 
 
-def _train_plan(config: PipelineConfig, d_model: int, flops: float) -> StagePlan:
-    n_tokens = _trained_tokens(config.train, config.harvest.n_tokens)
-    weights = 2 * config.sae.d_sae * d_model * 4
-    checkpoints = config.train.keep_checkpoints * 3
+def _train_plan(
+    config: PipelineConfig, specs: Sequence[RunSpec], d_model: int, flops: float
+) -> StagePlan:
+    """One SAE, or those of a sweep side by side."""
+    weights, checkpoints, seconds, scores = 0.0, 0.0, 0.0, 0.0
+    for spec in specs:
+        widths = _widths(spec, d_model)
+        of_this = widths * spec.sae_config.d_sae * 4.0
+        weights += of_this
+        checkpoints += of_this * spec.train_config.keep_checkpoints * 3
+        scores = max(scores, 512.0 * spec.sae_config.d_sae * 4)
+        n_rows = _trained_tokens(spec.train_config, config.harvest.n_tokens)
+        products = TRAIN_PRODUCTS[_precision(spec.train_config)]
+        seconds += n_rows * products * widths * spec.sae_config.d_sae / flops
     window = min(512e6, config.harvest.n_tokens * d_model * 2)
-    scores = 512 * config.sae.d_sae * 4
-    return StagePlan(
-        "train",
-        n_tokens,
-        weights * (1 + checkpoints),
-        weights * OPTIMIZER_COPIES + 2 * window + scores,
-        n_tokens
-        * TRAIN_PRODUCTS[config.train.nominate_in]
-        * 2
-        * config.sae.d_sae
-        * d_model
-        / flops,
-    )
+    n_tokens = max(_trained_tokens(s.train_config, config.harvest.n_tokens) for s in specs)
+    memory = weights * OPTIMIZER_COPIES + 2 * window + scores
+    return StagePlan("train", n_tokens, weights + checkpoints, memory, seconds)
+
+
+def _widths(spec: RunSpec, d_model: int) -> int:
+    """Width of what is read and of what is written, together."""
+    wiring = wiring_of(spec.hookpoint)
+    return (len(wiring.reads) + len(wiring.writes)) * d_model
+
+
+def _precision(config: TrainConfig) -> str:
+    """That candidates are found in here."""
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return kernels_of(config.kernels, config.nominate_in, torch.device(device)).nominates_in
 
 
 def _trained_tokens(config: TrainConfig, n_cached: int) -> int:
@@ -208,17 +225,22 @@ def _evaluate_plan(
 def _index_plan(
     config: PipelineConfig, model: ModelShape, model_bytes: int, flops: float
 ) -> StagePlan:
-    n_tokens, n_saes, d_sae = config.harvest.n_tokens, len(config.hookpoints), config.sae.d_sae
+    n_tokens, sizes = config.harvest.n_tokens, [s.sae_config.d_sae for s in _all_specs(config)]
+    d_sae, n_saes = sum(sizes), len(sizes)
     encoding = n_tokens * 2 * d_sae * model.d_model
     logits = 2 * d_sae * model.d_model * model.vocab_size
     contexts = config.index.n_top + config.index.quantile_sample
     window = config.index.tokens_before + config.index.tokens_after + 1
     state = d_sae * contexts * (4 * window + 48)
-    seconds = (encoding + logits) / flops + n_tokens * INDEX_S_PER_TOKEN
+    seconds = (encoding + logits) / flops + n_saes * n_tokens * INDEX_S_PER_TOKEN
     return StagePlan(
         "index",
         n_tokens,
-        n_saes * d_sae * DATABASE_BYTES_PER_FEATURE + n_tokens * 6,
-        model_bytes + n_saes * state + 500e6,
-        n_saes * seconds,
+        d_sae * DATABASE_BYTES_PER_FEATURE + n_tokens * 6,
+        model_bytes + state + 500e6,
+        seconds,
     )
+
+
+def _all_specs(config: PipelineConfig) -> list[RunSpec]:
+    return [spec for _, specs in config.runs() for spec in specs]

@@ -27,6 +27,7 @@ class StageProgress:
         self._console, self._title, self._unit = console, title, unit
         self._start = self._last_line = time.perf_counter()
         self._done, self._total, self._note = 0, 0, ""
+        self._first: tuple[int, float] | None = None  # of what is made now, where and when it began
         self._bar = _bar(console) if console.is_terminal else None
         self._task = self._bar.add_task(title, total=None, note="") if self._bar else None
 
@@ -54,6 +55,8 @@ class StageProgress:
         """done, total: in the stage's unit, or in `unit`. note: figures of the moment."""
         self._unit = unit or self._unit
         self._done, self._total, self._note = min(done, total), total, note
+        if self._first is None or self._done < self._first[0]:
+            self._first = self._done, time.perf_counter()
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=self._done, total=total, note=note)
         elif time.perf_counter() - self._last_line > LINE_EVERY_S:
@@ -66,9 +69,25 @@ class StageProgress:
             f"{self._title}: {self._done:,} of {self._total:,} {self._unit} ({share:.0f}%)",
             self._note,
             f"{self.elapsed_s:.0f} s",
+            self._left(),
         ]
         line = "  ".join(part for part in parts if part)
         self._console.print(f"  {line}", highlight=False, soft_wrap=True)
+
+    def _left(self) -> str:
+        """How long the rest will take at the speed so far: `2:05 left`."""
+        if self._first is None or not 0 < self._done - self._first[0] < self._total:
+            return ""
+        seconds = time.perf_counter() - self._first[1]
+        left = seconds * (self._total - self._done) / (self._done - self._first[0])
+        hours, minutes = divmod(round(left / 60), 60)
+        if self._done == self._total:
+            return ""
+        return f"{hours} h {minutes:02} min left" if left >= 3600 else f"{_clock(left)} left"
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
 def _bar(console: Console) -> Progress:

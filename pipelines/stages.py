@@ -25,43 +25,44 @@ from feature_db import FeatureDB, IndexConfig, IndexProgress, build_index
 from sae import (
     SAE,
     EvalConfig,
-    Metrics,
     Report,
-    SAEConfig,
-    TrainConfig,
-    TrainingStoppedError,
     evaluate,
-    train,
 )
-from sae.schedule import resolve
+from sae.evaluating import LabelledRows
 from sae.storage import read_description
 
 from .config import PipelineConfig
 from .errors import PipelineError
-from .interruption import stop_asked
+from .probe_labels import probe_labels
 from .progress import StageProgress
-from .trackers import Tracker
+from .trackers import Tracker, trackers_of
+from .training import described, train_stage
 
 REPORT = "report.json"
 LoadModel = Callable[[], LanguageModel]
 
 
 def run_pipeline(
-    config: PipelineConfig, console: Console, trackers: Sequence[Tracker] = ()
+    config: PipelineConfig, console: Console, wandb_project: str | None = None
 ) -> dict[str, float]:
     """Make whatever of the run is not made yet. Returns: seconds that each stage took."""
     load_lm = model_loader(config.model, config.device, config.dtype, console)
     seconds: dict[str, float] = {}
     with _timed("harvest", seconds):
         acts = harvest_stage(
-            console, load_lm, config.dataset, config.hookpoints, config.acts_place, config.harvest
+            console, load_lm, config.dataset, config.places, config.acts_place, config.harvest
         )
-    folders = [config.run_folder(hookpoint) for hookpoint in config.hookpoints]
-    for hookpoint, folder in zip(config.hookpoints, folders, strict=True):
-        with _timed("train", seconds):
-            train_stage(console, acts, hookpoint, config.sae, config.train, folder, trackers)
-        with _timed("evaluate", seconds):
-            evaluate_stage(console, folder, acts, load_lm, config.evaluate, trackers)
+    folders = []
+    for out, specs in config.runs():
+        settings = {spec.out: described(spec) for spec in specs}
+        with trackers_of(wandb_project, settings) as trackers:
+            with _timed("train", seconds):
+                train_stage(console, acts, specs, trackers, out=out, axes=config.sweep)
+            for spec in specs:
+                told = [trackers[spec.out]] if spec.out in trackers else []
+                with _timed("evaluate", seconds):
+                    evaluate_stage(console, spec.out, acts, load_lm, config.evaluate, told)
+                folders.append(spec.out)
     with _timed("index", seconds):
         index_stage(console, load_lm, folders, acts, config.database, config.index)
     return seconds
@@ -130,7 +131,7 @@ def harvest_stage(
 def opened_stream(
     load_lm: LoadModel,
     dataset: str,
-    hookpoint: str,
+    hookpoints: Sequence[str],
     folder: Path,
     max_disk_bytes: int,
     buffer_bytes: int,
@@ -140,50 +141,12 @@ def opened_stream(
     return ActivationStream.open(
         load_lm,
         dataset,
-        hookpoints=hookpoint,
+        hookpoints=hookpoints,
         folder=folder,
         max_disk_bytes=max_disk_bytes,
         buffer_bytes=buffer_bytes,
         config=config,
     )
-
-
-def train_stage(
-    console: Console,
-    acts: ActivationCache | ActivationStream,
-    hookpoint: str,
-    sae_config: SAEConfig,
-    train_config: TrainConfig,
-    out: Path,
-    trackers: Sequence[Tracker] = (),
-) -> SAE:
-    """Activations, stored or streamed -> SAE, with progress."""
-    _heading(console, "train", f"{hookpoint} of {acts.path} -> {out}")
-    n_steps = resolve(train_config, sae_config, acts, hookpoint).n_steps or 0
-    n_tokens = n_steps * train_config.batch_size
-    with StageProgress(console, "train", "tokens") as progress:
-
-        def show(m: Metrics) -> None:
-            note = f"FVU {m.fvu:.3f}  L0 {m.l0:.1f}  dead {m.dead_fraction:.1%}"
-            progress.update(m.n_tokens, n_tokens, f"{note}  {m.tokens_per_s:,.0f} tokens/s")
-            for tracker in trackers:
-                tracker.metrics(m)
-
-        with stop_asked() as should_stop:
-            try:
-                sae = train(
-                    acts,
-                    hookpoint,
-                    sae_config,
-                    train_config,
-                    out=out,
-                    on_metrics=show,
-                    should_stop=should_stop,
-                ).sae
-            except TrainingStoppedError as error:
-                raise KeyboardInterrupt from error
-    _made(console, sae_lines(sae))
-    return sae
 
 
 def evaluate_stage(
@@ -193,26 +156,55 @@ def evaluate_stage(
     load_lm: LoadModel | None,
     config: EvalConfig,
     trackers: Sequence[Tracker] = (),
+    other_seeds: Sequence[Path] = (),
 ) -> Report:
-    """SAE -> report.json beside it: reconstruction, cross-entropies, baselines."""
+    """SAE -> report.json beside it: reconstruction, cross-entropies, baselines; where asked for,
+    probes of labels (made with the model's tokenizer) and likeness to SAEs of other seeds.
+
+    Raises: PipelineError if labels are asked for without a model.
+    """
     _heading(console, "evaluate", f"{folder} on {config.split} documents of {acts.path}")
     sae = SAE.load(folder)
     made_from = {
         "cache_fingerprint": acts.fingerprint_hash,
         "weights_sha256": read_description(folder)["weights_sha256"],
         "with_model": load_lm is not None,
+        "other_seeds": [read_description(other)["weights_sha256"] for other in other_seeds],
         "config": config.model_dump(mode="json"),
     }
     report = _report_at(folder / REPORT)
     if report is None or report.made_from != made_from:
         with console.status("evaluating"):
-            found = evaluate(sae, acts, load_lm() if load_lm else None, config)
+            found = evaluate(
+                sae,
+                acts,
+                load_lm() if load_lm else None,
+                config,
+                other_seeds=[SAE.load(other) for other in other_seeds],
+                labelled=_labelled(sae, acts, load_lm, config),
+            )
         report = found.model_copy(update={"made_from": made_from})
         report.write(folder / REPORT)
     for tracker in trackers:
         tracker.report(report)
     _made(console, report.lines())
     return report
+
+
+def _labelled(
+    sae: SAE, acts: ActivationCache, load_lm: LoadModel | None, config: EvalConfig
+) -> LabelledRows | None:
+    """Rows with labels, if the config asks for them."""
+    if not config.n_probe_rows:
+        return None
+    if load_lm is None:
+        raise PipelineError(
+            f"n_probe_rows={config.n_probe_rows} makes labels of tokens, which needs the model's "
+            "tokenizer: evaluate with the model, or set n_probe_rows to 0"
+        )
+    lm, hookpoint = load_lm(), sae.hookpoint or acts.hookpoints[0]
+    texts = lm.token_strings(range(lm.vocab_size))
+    return probe_labels(acts, hookpoint, texts, config.n_probe_rows, config.split)
 
 
 def index_stage(
@@ -260,15 +252,6 @@ def cache_lines(acts: ActivationCache) -> list[str]:
         if held_out == 0:
             lines.append("nothing is held out: evaluation needs a text of at least two documents")
     return lines
-
-
-def sae_lines(sae: SAE) -> list[str]:
-    """What an SAE is, in a sentence."""
-    k = f", k {sae.expected_l0:g}" if sae.expected_l0 else ""
-    return [
-        f"{sae.architecture} SAE at {sae.hookpoint}: {sae.d_sae:,} features of width "
-        f"{sae.d_model}{k}, trained on {sae.origin.n_tokens_trained:,} rows"
-    ]
 
 
 def database_lines(db: FeatureDB, path: Path) -> list[str]:

@@ -25,12 +25,21 @@ from sae.errors import (
     ResumeMismatchError,
     SAEError,
     SourceError,
+    StorageError,
     TrainingError,
     TrainingStoppedError,
 )
-from sae.evaluation import evaluate
+from sae.evaluating import (
+    Baseline,
+    CrossEntropy,
+    Reconstruction,
+    Report,
+    baseline_of,
+    evaluate,
+)
+from sae.finetuning import FinetuneResult, finetune
+from sae.finetuning_state import FinetuneConfig, FinetuneMetrics
 from sae.metrics import Metrics, fvu
-from sae.report import Baseline, CrossEntropy, Reconstruction, Report
 from sae.sources import ActivationSource, SplicedModel, TensorSource, TokenBlock
 from sae.training import RunResult, train
 
@@ -45,6 +54,9 @@ __all__ = [
     "CorruptFileError",
     "CrossEntropy",
     "EvalConfig",
+    "FinetuneConfig",
+    "FinetuneMetrics",
+    "FinetuneResult",
     "FormatError",
     "Metrics",
     "MissingFileError",
@@ -59,13 +71,16 @@ __all__ = [
     "SAEError",
     "SourceError",
     "SplicedModel",
+    "StorageError",
     "TensorSource",
     "TokenBlock",
     "TopKConfig",
     "TrainConfig",
     "TrainingError",
     "TrainingStoppedError",
+    "baseline_of",
     "evaluate",
+    "finetune",
     "fvu",
     "train",
 ]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sae.atomic_files import commit, fsync, sha256, write_json, write_tensors
+from sae.atomic_files import commit, fsync, sha256, told, write_json, write_tensors
 from sae.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -41,15 +41,17 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, *, keep: in
     """
     final = folder / f"{PREFIX}{step:06d}"
     temporary = folder / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    with told(temporary):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
     digest = write_tensors(temporary / STATE_FILE, checkpoint.tensors)
     body = {"step": step, "files": {STATE_FILE: digest}, "values": checkpoint.values}
     write_json(temporary / MANIFEST_FILE, {"body": body, "sha256": _digest(body)})
     if final.exists():
-        shutil.rmtree(final)
+        with told(final):
+            shutil.rmtree(final)
     commit(temporary, final)
-    _sweep(folder, keep)
+    sweep_checkpoints(folder, step, keep=keep)
     return final
 
 
@@ -73,9 +75,18 @@ def load_newest_checkpoint(folder: Path) -> Checkpoint | None:
     )
 
 
+def sweep_checkpoints(folder: Path, step: int, *, keep: int) -> None:
+    """Remove all but the newest keep checkpoints up to a step, and what unfinished ones left.
+
+    Those of later steps go too: they were damaged, and passed over.
+    """
+    kept = [path for path in _checkpoints(folder) if _step(path) <= step][-keep:]
+    _remove(folder, [path for path in _checkpoints(folder) if path not in kept])
+
+
 def remove_checkpoints(folder: Path) -> None:
     """Remove all checkpoints, and what unfinished ones left."""
-    _sweep(folder, keep=0)
+    _remove(folder, _checkpoints(folder))
 
 
 def _load(path: Path) -> Checkpoint:
@@ -96,13 +107,17 @@ def _digest(body: dict[str, Any]) -> str:
 def _checkpoints(folder: Path) -> list[Path]:
     """Checkpoints by step, oldest first."""
     found = [path for path in folder.glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[len(PREFIX) :]))
+    return sorted(found, key=_step)
 
 
-def _sweep(folder: Path, keep: int) -> None:
-    """Remove old checkpoints and what unfinished ones left behind."""
-    paths = _checkpoints(folder)
-    for path in [*paths[: len(paths) - keep], *folder.glob(f".{PREFIX}*.tmp")]:
-        shutil.rmtree(path)
-    if folder.exists():
-        fsync(folder)
+def _step(path: Path) -> int:
+    return int(path.name[len(PREFIX) :])
+
+
+def _remove(folder: Path, checkpoints: list[Path]) -> None:
+    """Remove checkpoints, and what unfinished ones left behind."""
+    with told(folder):
+        for path in [*checkpoints, *folder.glob(f".{PREFIX}*.tmp")]:
+            shutil.rmtree(path)
+        if folder.exists():
+            fsync(folder)

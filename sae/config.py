@@ -6,7 +6,7 @@ The architectures' own settings lie beside them in sae/architectures.
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -131,10 +131,10 @@ class TrainConfig(Config):
     freeze_decoder: bool = Field(
         default=False, description="Leave W_dec at its random start: a baseline."
     )
-    kernels: Literal["auto", "torch", "triton"] = Field(
+    kernels: Literal["auto", "torch", "compiled", "triton"] = Field(
         default="auto", description="Tier of kernels. auto: the fastest that works here."
     )
-    nominate_in: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    nominate_in: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         default="auto",
         description="Precision that candidates for active features are found in; the choice is "
         "made from float32 scores. auto: the fastest here.",
@@ -180,6 +180,31 @@ class EvalConfig(Config):
     )
     seed: int = Field(
         default=0, ge=0, description="Seed of the row order and of the untrained baseline."
+    )
+    duplicate_cosine: float = Field(
+        default=0.9,
+        gt=-1,
+        le=1,
+        description="A feature with a decoder cosine above this with another is a duplicate.",
+    )
+    n_compared_features: int | None = Field(
+        default=8192,
+        gt=0,
+        description="Features, at most, whose decoder is compared with all others. None: all.",
+    )
+    n_probe_rows: int = Field(
+        default=0,
+        ge=0,
+        description="Held-out rows that labels are made for, for k-sparse probing and feature "
+        "absorption; 0: neither is measured. 16384 is a good number.",
+    )
+    n_probe_examples: int = Field(
+        default=1000,
+        ge=20,
+        description="Rows of either class, at most, that a probe is fitted on, and scored on.",
+    )
+    probe_k: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        default=(1, 2, 5), min_length=1, description="Features that a k-sparse probe may use."
     )
 
 

@@ -5,7 +5,8 @@ unit rows:    |W_dec row| = 1. The gradient's part along the row is taken away, 
 alignment:    W_enc column . W_dec row = 1 for each feature (option `aligned`), as a parametrisation
               W_enc = v + (1 - v . W_dec) W_dec. Source: arXiv 2605.18629.
 orthogonality: a penalty on the largest squared cosine that a decoder row has with another one of
-              its chunk, chunks being drawn anew each time (option). Source: OrtSAE, arXiv 2509.22033.
+              its chunk, chunks being drawn anew each time (option). Source: OrtSAE, arXiv
+              2509.22033.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ SAEError
 │   ├── MissingFileError     a file isn't there
 │   ├── CorruptFileError     a file's bytes, shapes or hash aren't what was written
 │   └── NewerFormatError     written by a newer version of this library
+├── StorageError             the system refused to read or write a file
 ├── CheckpointError          no checkpoint of a run can be used
 │   └── ResumeMismatchError  the run in the folder was started with other settings
 └── TrainingError            training can't go on
@@ -45,6 +46,10 @@ class CorruptFileError(FormatError):
 
 class NewerFormatError(FormatError):
     """The folder was written by a newer version of this library."""
+
+
+class StorageError(SAEError):
+    """The system refused to read or write a file: a full disk, a missing permission, a bad disk."""
 
 
 class CheckpointError(SAEError):

@@ -109,4 +109,5 @@ def initial_sae(
 
 def _directions(n: int, width: int, generator: torch.Generator) -> Tensor:
     rows = torch.randn(n, width, generator=generator)
-    return rows / rows.norm(dim=1, keepdim=True)
+    rows /= rows.norm(dim=1, keepdim=True)
+    return rows

@@ -7,11 +7,11 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from sae.atomic_files import write_text
+from sae.atomic_files import told, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,13 @@ class Metrics:
         return dataclasses.asdict(self)
 
 
+class ToDict(Protocol):
+    """Metrics of a step, which they name."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+
+
 class MetricsLog:
     """metrics.jsonl of a run: append-only, cut back to the checkpoint that a run resumes from."""
 
@@ -74,22 +81,29 @@ class MetricsLog:
         """Open the log, keeping only its whole lines up to and with after_step."""
         kept = [line for line in _lines(path) if line["step"] <= after_step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        with told(path):
+            self._file = path.open("a", encoding="utf-8")
 
-    def append(self, metrics: Metrics) -> None:
+    def append(self, metrics: ToDict) -> None:
         """Add a line; readers see it at once."""
-        self._file.write(json.dumps(metrics.to_dict()) + "\n")
-        self._file.flush()
+        with told(self._path):
+            self._file.write(json.dumps(metrics.to_dict()) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """Wait until all lines are on disk: before a checkpoint that promises them."""
-        os.fsync(self._file.fileno())
+        with told(self._path):
+            self._file.flush()  # a line that could not be written before is promised too
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Sync and close."""
-        if not self._file.closed:
-            self.sync()
-            self._file.close()
+        with told(self._path):
+            try:
+                self.sync()
+            finally:
+                self._file.close()
 
 
 def last_metrics(path: Path) -> Metrics | None:
@@ -101,10 +115,16 @@ def last_metrics(path: Path) -> Metrics | None:
 def _lines(path: Path) -> list[dict[str, Any]]:
     """Lines of a log; one cut short by a crash is dropped, with what follows it."""
     lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    if not path.is_file():
+        return lines
+    with told(path):
+        texts = path.read_bytes().splitlines()
+    for text in texts:
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            logger.warning("%s: dropped a line that was cut short", path)
+            line = {**json.loads(text)}
+            int(line["step"])
+        except (ValueError, TypeError, KeyError):
+            logger.warning("%s: dropped a line that was cut short or damaged", path)
             break
+        lines.append(line)
     return lines

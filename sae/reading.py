@@ -31,6 +31,11 @@ class Batch(NamedTuple):
         x = self.x[rows]
         return Batch(x, x if self.y is self.x else self.y[rows])
 
+    def first(self, n: int) -> Batch:
+        """The first n rows (all, if fewer)."""
+        x = self.x[:n]
+        return Batch(x, x if self.y is self.x else self.y[:n])
+
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
         x = self.x.to(device)
@@ -89,8 +94,7 @@ def sample_batches(
         batch = batch_of(acts, wiring)
         is_finite = batch.is_finite()
         batch = batch if is_finite.all() else batch.where(is_finite)
-        if len(batch.x) > n_rows - n_read:
-            batch = batch.where(torch.arange(len(batch.x)) < n_rows - n_read)
+        batch = batch.first(n_rows - n_read)
         n_read += len(batch.x)
         yield batch
         if n_read >= n_rows:

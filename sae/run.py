@@ -106,6 +106,7 @@ class Run:
         sampled = sample_batches(self._source, plan.wiring, n_rows, **where)
         calibrate_(sae, threshold_rows, (batch.x for batch in sampled))
         if state.team.is_first:
+            self.folder.sweep()
             sae.save(self.folder.path)
         state.team.wait()
         return sae.to("cpu")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -104,14 +105,58 @@ class EvaluationSource(ActivationSource, Protocol):
 class SplicedModel(Protocol):
     """A language model whose stream can be edited."""
 
-    def logits(self, token_ids: Tensor) -> Tensor:
-        """[batch, seq] int64 -> [batch, seq, vocab], in the model's dtype."""
+    def logits(self, token_ids: Tensor, *, grad: bool = False) -> Tensor:
+        """[batch, seq] int64 -> [batch, seq, vocab], in the model's dtype.
+
+        grad: whether gradients flow back from them, to what edits put in.
+        """
 
     def edit(self, edits: Mapping[str, Callable[[Tensor], Tensor]]) -> AbstractContextManager[None]:
         """Within the context, x [batch, seq, d_model] at each hookpoint becomes edits[...](x)."""
 
 
-class TensorSource:
+class KeptRows(ABC):
+    """A source whose rows are all there, or can be made again, at one place or another."""
+
+    @abstractmethod
+    def batches(
+        self,
+        hookpoint: str,
+        batch_size: int,
+        *,
+        seed: int,
+        split: Split = "train",
+        start_batch: int = 0,
+        epochs: int | None = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[Tensor]:
+        """As ActivationSource has it."""
+
+    def aligned_batches(
+        self, hookpoints: Sequence[str], batch_size: int, **how: Any
+    ) -> Iterator[dict[str, Tensor]]:
+        """The same rows for each hookpoint."""
+        for x in self.batches(hookpoints[0], batch_size, **how):
+            yield dict.fromkeys(hookpoints, x)
+
+    def aligned_sample(
+        self, hookpoints: Sequence[str], batch_size: int, *, seed: int, near_row: int = 0
+    ) -> Iterator[dict[str, Tensor]]:
+        """The first epoch."""
+        del near_row
+        return self.aligned_batches(hookpoints, batch_size, seed=seed, epochs=1)
+
+    def wants_checkpoint(self, n_rows_read: int, hookpoints: Sequence[str]) -> bool:
+        """False: all rows stay."""
+        del n_rows_read, hookpoints
+        return False
+
+    def release(self, n_rows_read: int, hookpoints: Sequence[str]) -> None:  # noqa: B027
+        """Nothing: all rows stay."""
+
+
+class TensorSource(KeptRows):
     """A tensor as a source: every hookpoint names the same rows.
 
     x: [n_rows, d_model], the train split. heldout: the same for the split of that name (none if
@@ -182,28 +227,6 @@ class TensorSource:
                 return
             places = torch.arange(start, int(stop))[rank::world_size]
             yield rows[_shuffled(places, len(rows), seed)]
-
-    def aligned_batches(
-        self, hookpoints: Sequence[str], batch_size: int, **how: Any
-    ) -> Iterator[dict[str, Tensor]]:
-        """The same rows for each."""
-        for x in self.batches(hookpoints[0], batch_size, **how):
-            yield dict.fromkeys(hookpoints, x)
-
-    def aligned_sample(
-        self, hookpoints: Sequence[str], batch_size: int, *, seed: int, near_row: int = 0
-    ) -> Iterator[dict[str, Tensor]]:
-        """The first epoch."""
-        del near_row
-        return self.aligned_batches(hookpoints, batch_size, seed=seed)
-
-    def wants_checkpoint(self, n_rows_read: int, hookpoints: Sequence[str]) -> bool:
-        """False: all rows stay."""
-        del n_rows_read, hookpoints
-        return False
-
-    def release(self, n_rows_read: int, hookpoints: Sequence[str]) -> None:
-        """Nothing: all rows stay."""
 
     def token_blocks(self, *, split: Split = "heldout") -> Iterator[TokenBlock]:
         """None: a plain tensor has no tokens."""

@@ -72,7 +72,8 @@ def step_of(
     n_active = n_entries if made.is_active is None else _count(made, len(n_entries))
     losses = torch.stack([found.loss * at.scale, push.penalty, aux_loss, found.squared_error])
     at.team.sum_(*named.values(), n_active, losses)
-    return Step(named, *losses, n_active, made.threshold)
+    loss, penalty, aux_loss, squared_error = losses
+    return Step(named, loss, penalty, aux_loss, squared_error, n_active, made.threshold)
 
 
 def _weights_gradients(

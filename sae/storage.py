@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae.architectures import config_of
-from sae.atomic_files import sha256, write_json, write_tensors
+from sae.atomic_files import sha256, told, write_json, write_tensors
 from sae.autoencoder import SAE, Origin
 from sae.errors import ConfigError, CorruptFileError, MissingFileError, NewerFormatError
 
@@ -39,14 +39,16 @@ def load_sae(folder: Path) -> SAE:
     description = read_description(folder)
     sae = _described(description, folder / CONFIG_FILE)
     weights = folder / WEIGHTS_FILE
-    _check_shapes(weights, {name: list(each.shape) for name, each in tensors_of(sae).items()})
-    digest, expected = sha256(weights), description["weights_sha256"]
+    with told(weights):
+        _check_shapes(weights, {name: list(each.shape) for name, each in tensors_of(sae).items()})
+        digest, expected = sha256(weights), description["weights_sha256"]
     if digest != expected:
         raise CorruptFileError(
             f"{weights} has sha256 {digest[:12]}..., but {CONFIG_FILE} expects "
             f"{str(expected)[:12]}...: the file is damaged or of another SAE; {RESTORE}"
         )
-    tensors = load_file(weights)
+    with told(weights):
+        tensors = load_file(weights)
     for name, parameter in sae.named_parameters():
         parameter.copy_(tensors["W_enc"].T if name == "W_enc_rows" else tensors[name])
     for name, buffer in sae.named_buffers():
@@ -73,8 +75,10 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{folder} {what}; an SAE is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, "
             "such as training writes when it is finished"
         )
+    with told(path):
+        text = path.read_bytes()
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = json.loads(text)
         version = int(description["format_version"])
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptFileError(f"{path} is no SAE's description ({error!r}); {RESTORE}") from None

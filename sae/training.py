@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from sae.autoencoder import SAE
 from sae.config import SAEConfig, TrainConfig
-from sae.errors import ConfigError, TrainingStoppedError
+from sae.errors import ConfigError, StorageError, TrainingStoppedError
 from sae.metrics import Metrics
 from sae.reading import batches, shared_hookpoints
 from sae.run import Run
@@ -20,6 +21,8 @@ from sae.schedule import resolve
 from sae.sources import ActivationSource
 from sae.team import Team
 from sae.wiring import Wiring, wiring_of
+
+logger = logging.getLogger(__name__)
 
 DEFAULTS = TrainConfig()
 
@@ -65,7 +68,7 @@ def train(
     Under torch.distributed every process calls this alike and reads its part of each batch; the
     first one writes.
     Raises: SourceError, ResumeMismatchError, CheckpointError, RunInUseError, NonFiniteError,
-    DivergedError, TrainingStoppedError, and FormatError if out holds a damaged SAE.
+    DivergedError, TrainingStoppedError, StorageError, and FormatError if out holds a damaged SAE.
     """
     spec = RunSpec(hookpoint, sae_config, train_config, Path(out))
 
@@ -128,14 +131,16 @@ def _loop(
             if source.wants_checkpoint(n_rows_read, hookpoints):
                 for run in runs:
                     run.checkpoint()
-            n_safe = min(run.folder.saved_step for run in runs) * runs[0].config.batch_size
-            source.release(n_safe, hookpoints)
+            # A run that is done needs nothing any more, however early that was.
+            saved = [run.folder.saved_step for run in runs if not run.is_done] or [step + 1]
+            source.release(min(saved) * runs[0].config.batch_size, hookpoints)
             if all(run.is_done for run in runs):
                 return
             if should_stop is not None and team.any(should_stop()):
                 raise TrainingStoppedError(
                     f"training in {', '.join(str(run.folder.path) for run in runs)} was stopped "
-                    f"after step {step + 1}; the same call goes on from there"
+                    f"after step {step + 1} of {max(run.folder.plan.n_steps for run in runs)}; "
+                    "the same call goes on from there"
                 )
 
 
@@ -167,14 +172,13 @@ def _require_one_read(folders: list[RunFolder]) -> None:
     """Raises: ConfigError if the runs can't be trained from the same batches."""
     if not folders:
         raise ConfigError("no run to train: give at least one")
-    for what, values in {
-        "batch_size": {folder.plan.train_config.batch_size for folder in folders},
-        "data_seed": {folder.plan.train_config.data_seed for folder in folders},
-    }.items():
+    configs = [folder.plan.train_config for folder in folders]
+    for what in ("batch_size", "data_seed"):
+        values = sorted({getattr(config, what) for config in configs})
         if len(values) > 1:
             raise ConfigError(
                 f"runs that are trained side by side share their batches, but {what} is "
-                f"{' and '.join(map(str, sorted(values, key=str)))}; give all the same"
+                f"{' and '.join(map(str, values))}; give all the same"
             )
     places = [folder.path.resolve() for folder in folders]
     for place in places:
@@ -189,5 +193,8 @@ def _checkpoints_on_error(runs: list[Run]) -> Iterator[None]:
         yield
     except BaseException:
         for run in runs:
-            run.checkpoint_if_between_steps()
+            try:
+                run.checkpoint_if_between_steps()
+            except StorageError as error:
+                logger.warning("no checkpoint was left: %s", error)
         raise

@@ -27,7 +27,7 @@ from sae.normalisation import Normalisation
 from sae.optimizer import Adam
 from sae.reading import Batch
 from sae.schedule import learning_rate, progress
-from sae.sparsity import PenaltyConfig
+from sae.sparsity import Control, PenaltyConfig
 from sae.step import Step, step_of
 from sae.team import Team
 
@@ -41,7 +41,7 @@ class Counters:
 
     step: batches read, skipped ones included: the position in the data. n_tokens: rows trained
     on. n_skipped, n_skipped_in_a_row: batches with NaN or Inf. elapsed_s: seconds trained.
-    log_coefficient: of the sparsity penalty. first_loss: of the first step.
+    l0_integral, l0_excess: of the sparsity penalty's control. first_loss: of the first step.
     """
 
     step: int = 0
@@ -49,7 +49,8 @@ class Counters:
     n_skipped: int = 0
     n_skipped_in_a_row: int = 0
     elapsed_s: float = 0.0
-    log_coefficient: float = 0.0
+    l0_integral: float = 0.0
+    l0_excess: float = 0.0
     first_loss: float | None = None
 
 
@@ -89,8 +90,6 @@ class TrainingState:
         self._widths = widths
         self._architecture = architecture_of(sae.config)
         self.learnt = self._architecture.start(sae.weights, sae.config)
-        if isinstance(sae.config, PenaltyConfig):
-            self.counters.log_coefficient = sae.config.log_start
         sae.kernels = kernels_of(config.kernels, config.nominate_in, sae.b_dec.device)
         is_lean = config.optimizer == "adam_lean"
         sae.kernels.gradients_in = torch.bfloat16 if is_lean else None
@@ -209,7 +208,8 @@ class TrainingState:
         sae, done = self.sae, progress(self.config, self.counters.step)
         coefficient = 0.0
         if isinstance(sae.config, PenaltyConfig):
-            coefficient = sae.config.coefficient_at(self.counters.log_coefficient, done)
+            control = Control(self.counters.l0_integral, self.counters.l0_excess)
+            coefficient = sae.config.coefficient_at(control, done)
         target = y - sae.b_dec
         return Moment(
             x=target if sae.is_tied else x,
@@ -262,9 +262,11 @@ class TrainingState:
         self.tokens_since_active[step.n_active > 0] = 0
         sae_config, counters = self.sae.config, self.counters
         if isinstance(sae_config, PenaltyConfig):
+            assert self.config.n_steps is not None
             done = progress(self.config, counters.step)
-            log_coefficient = counters.log_coefficient
-            counters.log_coefficient = sae_config.next_log_coefficient(log_coefficient, l0, done)
+            control = Control(counters.l0_integral, counters.l0_excess)
+            control = sae_config.next_control(control, l0, done, self.config.n_steps)
+            counters.l0_integral, counters.l0_excess = control
         counters.n_tokens += n_rows
         counters.n_skipped_in_a_row = 0
         counters.step += 1

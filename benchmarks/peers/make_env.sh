@@ -1,17 +1,28 @@
 #!/usr/bin/env bash
 # An environment of its own for a peer that a benchmark runs: .venv-peers/PEER, not under git.
 #
-#     benchmarks/peers/make_env.sh sae-lens [==6.54.12]
+#     benchmarks/peers/make_env.sh sae-lens|eai-sparsify|dictionary-learning [==VERSION]
+#     benchmarks/peers/make_env.sh all
 #
 # torch comes first and stays: any looser request pulls gigabytes of CUDA packages on Linux.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-peer=${1:?name a peer: sae-lens}
+peer=${1:?name a peer: sae-lens, eai-sparsify, dictionary-learning, or all}
 version=${2:-}
+if [ "$peer" = all ]; then
+    for each in sae-lens eai-sparsify dictionary-learning; do "benchmarks/peers/make_env.sh" "$each"; done
+    exit
+fi
 torch=$(grep '^torch==' constraints.txt)
 folder=.venv-peers/$peer
 "${PYTHON:-python3}" -m venv "$folder"
 pip=("$folder/bin/python" -m pip install --quiet --disable-pip-version-check)
 "${pip[@]}" "$torch"
 "${pip[@]}" --constraint <(echo "$torch") "$peer$version"
-"$folder/bin/python" -m pip list --disable-pip-version-check | grep -iE "^($peer|torch|datasets|pyarrow|transformer)"
+if [ "$peer" = dictionary-learning ]; then
+    # nnsight pulls in a torchvision built for CUDA, which the CPU's torch can't load; transformers
+    # imports it wherever it finds it, and then dictionary_learning imports no more.
+    "$folder/bin/python" -m pip uninstall --quiet --yes torchvision
+fi
+"$folder/bin/python" -m pip list --disable-pip-version-check |
+    grep -iE "^($peer|torch|datasets|pyarrow|transformer|nnsight)"

@@ -1,26 +1,23 @@
-"""Verbs that make artifacts one by one: harvest, train, evaluate, index, verify."""
+"""Verbs that make artifacts one by one: harvest, evaluate, index, verify."""
 
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from activation_cache import ActivationCache, HarvestConfig
+from activation_cache.loading import RANDOM_WEIGHTS
 from feature_db import IndexConfig
-from sae import BatchTopKConfig, EvalConfig, TrainConfig
-from sae.architectures import config_of
+from sae import EvalConfig
 
 from .. import stages
 from ..cli import app, console
-from ..errors import PipelineError
 from ..ranks import place_among_ranks
-from ..trackers import trackers_of
 from .arguments import (
     DEFAULT_ACTS,
     DEFAULT_DATABASE,
     Acts,
-    Bytes,
     Device,
     Dtype,
     Local,
@@ -34,7 +31,6 @@ Rank = Annotated[
     int | None, Parameter(help="Of several processes, which this is; RANK or srun say so.")
 ]
 WorldSize = Annotated[int | None, Parameter(help="How many processes; WORLD_SIZE or srun say so.")]
-Hookpoint = Annotated[str | None, Parameter(help="Where, if the cache holds several places.")]
 
 
 @app.command
@@ -57,6 +53,10 @@ def harvest(
     repair: Annotated[
         bool, Parameter(negative=(), help="Read it all first; make damaged shards again.")
     ] = False,
+    random_weights: Annotated[
+        int | None,
+        Parameter(help="Seed: an untrained model of this configuration instead, for a baseline."),
+    ] = None,
     rank: Rank = None,
     world_size: WorldSize = None,
     device: Device = "auto",
@@ -67,6 +67,8 @@ def harvest(
 
     Called again it goes on where it was; with a larger --n-tokens it adds to a finished cache.
     """
+    if random_weights is not None:
+        model = f"{model}{RANDOM_WEIGHTS}{random_weights}"
     load_lm = stages.model_loader(model, device, dtype, console)
     ranks = place_among_ranks(rank, world_size)
     cache = stages.harvest_stage(
@@ -88,76 +90,6 @@ def harvest(
 
 
 @app.command
-def train(
-    *,
-    out: Annotated[Local, Parameter(help="Folder for the SAE, or to go on in.")],
-    acts: Acts = DEFAULT_ACTS,
-    hookpoint: Hookpoint = None,
-    model: Annotated[
-        str | None,
-        Parameter(help="Train straight from this model, without a cache; needs --dataset."),
-    ] = None,
-    dataset: Annotated[
-        str | None, Parameter(help="Text for --model, as for harvest; needs --hookpoint.")
-    ] = None,
-    max_disk: Annotated[
-        Bytes,
-        Parameter(help="Disk for --model, such as 20GB: it runs ahead so far. 0: memory alone."),
-    ] = 0,
-    buffer: Annotated[
-        Bytes, Parameter(help="Memory for --model's rows on their way, and to shuffle them.")
-    ] = 512_000_000,
-    harvest: Annotated[HarvestConfig, Parameter(help="How --model reads its text.")] = (
-        HarvestConfig()  # noqa: B008
-    ),
-    model_device: Annotated[
-        str, Parameter(help="Of --model: auto, cpu, cuda, cuda:N or mps.")
-    ] = "auto",
-    model_dtype: Annotated[
-        str, Parameter(help="Of --model: auto, float32, bfloat16 or float16.")
-    ] = "auto",
-    architecture: Annotated[
-        Literal["batch_topk", "topk"], Parameter(help="How features are selected.")
-    ] = "batch_topk",
-    sae: Annotated[BatchTopKConfig, Fields],
-    settings: Annotated[TrainConfig, Fields] = TrainConfig(),  # noqa: B008
-    wandb_project: Annotated[
-        str | None, Parameter(help="Also log to this Weights & Biases project.")
-    ] = None,
-) -> None:
-    """Train a sparse autoencoder on stored activations, or straight from a model.
-
-    With --model there is no cache: the model runs ahead of training, inside --max-disk.
-    """
-    config = config_of(architecture, sae.model_dump())
-    described = {"architecture": architecture, **sae.model_dump(), **settings.model_dump()}
-    if model is None:
-        cache, place = stages.open_cache(acts, hookpoint)
-        with trackers_of(wandb_project, out.name, described) as trackers:
-            stages.train_stage(console, cache, place, config, settings, out, trackers)
-        _next(f"saebase evaluate {quote(str(out))} --acts {quote(acts)}")
-        return
-    if dataset is None or hookpoint is None:
-        missing = "--dataset" if dataset is None else "--hookpoint"
-        raise PipelineError(f"--model {model} needs {missing}: what it runs on, and where to look")
-    if settings.n_steps is None and settings.n_tokens is None:
-        raise PipelineError(
-            "text for --model has no end: say how long to train, with --n-tokens or --n-steps"
-        )
-    load_lm = stages.model_loader(model, model_device, model_dtype, console)
-    with (
-        stages.opened_stream(
-            load_lm, dataset, hookpoint, out / "stream", max_disk, buffer, harvest
-        ) as stream,
-        trackers_of(wandb_project, out.name, described) as trackers,
-    ):
-        stages.train_stage(console, stream, hookpoint, config, settings, out, trackers)
-        stream.clear()
-    text = f"--model {quote(model)} --dataset {quote(dataset)} --hookpoints {hookpoint}"
-    _next(f"saebase harvest {text} --n-tokens 500000, then saebase evaluate {quote(str(out))}")
-
-
-@app.command
 def evaluate(
     sae: Sae,
     *,
@@ -167,12 +99,23 @@ def evaluate(
     ] = True,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    other_seeds: Annotated[
+        list[Path] | None,
+        Parameter(
+            consume_multiple=True,
+            negative=(),
+            help="Folders of SAEs that differ in their seed: how far are the features the same?",
+        ),
+    ] = None,
     settings: Annotated[EvalConfig, Fields] = EvalConfig(),  # noqa: B008
 ) -> None:
-    """Measure an SAE on held-out documents, beside an untrained SAE and PCA."""
+    """Measure an SAE on held-out documents, beside an untrained SAE and PCA.
+
+    --n-probe-rows 16384 adds k-sparse probing and feature absorption.
+    """
     cache = ActivationCache.open(acts)
     load_lm = stages.model_of_cache(cache, device, dtype, console) if with_model else None
-    stages.evaluate_stage(console, sae, cache, load_lm, settings)
+    stages.evaluate_stage(console, sae, cache, load_lm, settings, other_seeds=other_seeds or ())
     _next(f"saebase index {quote(str(sae))} --acts {quote(acts)}")
 
 

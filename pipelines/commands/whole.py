@@ -13,8 +13,9 @@ from ..demo import demo_config, show_demo
 from ..doctor import State, examine
 from ..errors import PipelineError
 from ..plan import make_plan
+from ..ranks import require_one_process
 from ..stages import run_pipeline
-from ..trackers import trackers_of
+from ..trackers import require_wandb
 from .arguments import Local
 
 ConfigFile = Annotated[Path, Parameter(help="YAML file; `saebase run --help` tells what is in it.")]
@@ -32,14 +33,16 @@ def run_command(
 ) -> None:
     """Run all stages of a configuration, skipping what is already made.
 
-    The file has the keys `model`, `dataset`, `hookpoints`, `out`, if need be `acts`, and the
-    sections `harvest`, `sae`, `train`, `evaluate` and `index`, which take the flags of those verbs.
+    The file has the keys `model`, `dataset`, `hookpoints`, `out`, if need be `acts`, `wiring` and
+    `sweep`, and the sections `harvest`, `sae`, `train`, `evaluate` and `index`, which take the
+    flags of those verbs.
     """
+    require_one_process("run")
     settings = read_config(config, out=out)
-    described = settings.model_dump(mode="json")
-    with trackers_of(wandb_project, settings.out.name, described) as trackers:
-        print_plan(settings)
-        run_pipeline(settings, console, trackers)
+    if wandb_project is not None:
+        require_wandb()
+    print_plan(settings)
+    run_pipeline(settings, console, wandb_project)
     sql = "SELECT feature_id, label, density FROM features ORDER BY density DESC LIMIT 10"
     db = quote(str(settings.database))
     console.print(f'[dim]next:[/] saebase query "{sql}" --db {db}', highlight=False, soft_wrap=True)
@@ -70,6 +73,7 @@ def demo(
     out: Annotated[Path, Parameter(help="Folder to write to, or to go on in.")] = Path("demo"),
 ) -> None:
     """Do it all on a small real model and a slice of Wikipedia, in about ten minutes."""
+    require_one_process("demo")
     config = demo_config(out)
     print_plan(config)
     seconds = run_pipeline(config, console)

@@ -64,6 +64,7 @@ class TopK(Architecture):
 
     name: ClassVar[str] = "topk"
     config_class: ClassVar[type[SAEConfig]] = TopKConfig
+    selects_by_threshold: ClassVar[bool] = False
 
     def select(
         self, pre_acts: PreActs, config: SAEConfig, threshold: Tensor, kernels: Kernels

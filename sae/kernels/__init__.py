@@ -6,10 +6,13 @@ import torch
 
 from sae.errors import ConfigError
 from sae.kernels.base import AdamStep, FeatureSums, Kernels, Reconstructed
+from sae.kernels.compiled import CompiledKernels
 from sae.kernels.selection import PreActs
 from sae.kernels.triton_kernels import TritonKernels
 
-TIERS: dict[str, type[Kernels]] = {"torch": Kernels, "triton": TritonKernels}
+TIERS: dict[str, type[Kernels]] = {
+    each.name: each for each in (Kernels, CompiledKernels, TritonKernels)
+}
 
 
 def kernels_of(tier: str, nominates_in: str, device: torch.device | str) -> Kernels:
@@ -36,4 +39,13 @@ def kernels_of(tier: str, nominates_in: str, device: torch.device | str) -> Kern
     return chosen(precisions[0] if nominates_in == "auto" else nominates_in)
 
 
-__all__ = ["TIERS", "AdamStep", "FeatureSums", "Kernels", "PreActs", "Reconstructed", "kernels_of"]
+__all__ = [
+    "TIERS",
+    "AdamStep",
+    "CompiledKernels",
+    "FeatureSums",
+    "Kernels",
+    "PreActs",
+    "Reconstructed",
+    "kernels_of",
+]

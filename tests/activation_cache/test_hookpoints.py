@@ -14,7 +14,7 @@ TEXT = "Paris forgets three keys. 日本"
 
 class Known(NamedTuple):
     """Module paths of one architecture, below layer i where they begin with a dot. `mid` is read
-    at its input, as the two projections are; None where layers are parallel."""
+    at its input, as `mlp_in` and the two projections are; None where layers are parallel."""
 
     layers: str
     attn_out: str
@@ -24,6 +24,7 @@ class Known(NamedTuple):
     mlp_projection: str | None
     embed: str
     final_norm: str
+    mlp_in: str = ".mlp"
 
 
 def _llama_like(**changes: Any) -> Known:
@@ -100,6 +101,7 @@ KNOWN = {
         mlp_projection=".fc2",
         embed="model.decoder.embed_tokens",
         final_norm="model.decoder.final_layer_norm",
+        mlp_in=".fc1",
     ),
     "falcon": _BLOOM._replace(attn_out=".self_attention", mlp_out=".mlp", mid=None),
     "bloom": _BLOOM,
@@ -133,6 +135,7 @@ def _expected_sites(known: Known, layer: int) -> dict[str, tuple[str, bool] | No
         f"{at}.attn_heads": (root + known.attn_projection, True),
         f"{at}.attn_out": (root + known.attn_out, False),
         f"{at}.resid_mid": (root + known.mid, True) if known.mid else None,
+        f"{at}.mlp_in": (root + known.mlp_in, True),
         f"{at}.mlp_acts": (root + known.mlp_projection, True) if known.mlp_projection else None,
         f"{at}.mlp_out": (root + known.mlp_out, False),
         f"{at}.resid_post": (root, False),
@@ -171,6 +174,21 @@ def test_stream_is_the_sum_of_its_parts(arch: str, make_lm: Callable[[str], Any]
     torch.testing.assert_close(mid + acts["mlp_out"], acts["resid_post"], rtol=1e-5, atol=1e-5)
     if KNOWN[arch].mid:
         torch.testing.assert_close(mid, acts["resid_mid"], rtol=1e-5, atol=1e-5)
+
+
+@every_architecture
+def test_mlp_in_alone_decides_mlp_out(arch: str, make_lm: Callable[[str], Any]) -> None:
+    """What a transcoder needs; an edit of it reaches the output too."""
+    lm = make_lm(arch)
+    ids = torch.arange(24).view(2, 12) * 5 % lm.vocab_size
+    mlp_in, mlp_out = "layers.1.mlp_in", "layers.1.mlp_out"
+    first, second = (lm.capture(each, [mlp_in, mlp_out]).acts for each in (ids, ids.flip(1)))
+    assert not torch.equal(first[mlp_out], second[mlp_out])
+
+    with lm.edit({mlp_in: lambda _: first[mlp_in]}):
+        held = lm.capture(ids.flip(1), [mlp_out]).acts[mlp_out]
+
+    assert torch.equal(held, first[mlp_out])
 
 
 @every_architecture
@@ -248,7 +266,7 @@ def test_unknown_hookpoint_suggests_the_nearest(
         tiny_lm.site(name)
     assert str(raised.value) == (
         f"unknown hookpoint {name!r}: {message}expected embed, final_norm, layers.0 to layers.2 "
-        "with .resid_pre|attn_heads|attn_out|resid_mid|mlp_acts|mlp_out|resid_post, "
+        "with .resid_pre|attn_heads|attn_out|resid_mid|mlp_in|mlp_acts|mlp_out|resid_post, "
         "or the path of a module"
     )
 

@@ -51,6 +51,26 @@ def test_revision_changes_with_weights_and_config(folder: Path, tiny_lm: Languag
     assert len({before, changed_config, LanguageModel.load(folder).revision}) == 3
 
 
+def test_untrained_twin_has_weights_of_its_own(folder: Path, tiny_lm: LanguageModel) -> None:
+    twin, again, other = (
+        LanguageModel.load(f"{folder}#random-weights={seed}", device="cpu", dtype="float32")
+        for seed in (3, 3, 4)
+    )
+    before = torch.random.get_rng_state()
+    assert twin.name == f"{folder}#random-weights=3"
+    assert twin.revision == again.revision
+    revisions = {twin.revision, other.revision, LanguageModel.load(folder).revision}
+    assert len(revisions) == 3
+    assert torch.equal(twin.logits("Paris"), again.logits("Paris"))
+    assert not torch.allclose(twin.logits("Paris"), tiny_lm.logits("Paris"), atol=1e-3)
+    assert twin.tokenizer.get_vocab() == tiny_lm.tokenizer.get_vocab()
+    assert model_shape(twin.name) == model_shape(str(folder))
+    low = LanguageModel.load(twin.name, device="cpu", dtype="bfloat16")
+    assert (low.dtype, low.revision) == (torch.bfloat16, twin.revision)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert "expected a number from 0" in _error(f"{folder}#random-weights=x")
+
+
 def test_shape_is_known_without_the_weights(folder: Path, tiny_lm: LanguageModel) -> None:
     shape = model_shape(str(folder))
     assert shape.n_params == sum(p.numel() for p in tiny_lm.model.parameters())

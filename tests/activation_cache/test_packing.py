@@ -1,14 +1,16 @@
 """Packing loses nothing and repeats nothing, wherever it begins."""
 
 import itertools
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from activation_cache import Document
+from activation_cache import CorpusError, Document
 from activation_cache.packing import BOS_POSITION, START, PackedBlock, Packing, pack
 
 BOS, SEPARATOR = 1000, 1001
@@ -71,6 +73,7 @@ def _same(a: PackedBlock, b: PackedBlock) -> bool:
     )
 
 
+@settings(deadline=None)
 @given(_lengths, _gaps, _packings)
 def test_blocks_hold_every_token_once_in_order(
     lengths: list[int], gaps: list[int], packing: Packing
@@ -97,6 +100,7 @@ def test_packing_from_any_end_yields_the_same_further_blocks(
         assert all(map(_same, again, blocks[i:]))
 
 
+@settings(deadline=None)
 @given(_lengths, _gaps, _packings)
 def test_bos_opens_every_block_and_belongs_to_the_row_after_it(
     lengths: list[int], gaps: list[int], packing: Packing
@@ -110,6 +114,7 @@ def test_bos_opens_every_block_and_belongs_to_the_row_after_it(
             assert block.doc_ids[0] == block.doc_ids[1]
 
 
+@settings(deadline=None)
 @given(_lengths, _gaps, _packings)
 def test_sources_are_told_where_documents_start(
     lengths: list[int], gaps: list[int], packing: Packing
@@ -125,3 +130,30 @@ def test_too_short_documents_are_measured_before_they_are_cut_and_separated() ->
     (block,) = pack(numbered, _Letters(), packing)
     assert block.token_ids.tolist() == [ord("a"), SEPARATOR]
     assert (block.doc_ids.tolist(), block.end, block.sources) == ([4, 4], (5, 0), {4: "4"})
+
+
+def test_first_block_of_long_documents_needs_few_of_them() -> None:
+    """The model begins as soon as there is text for it, not when 64 books are tokenized."""
+    drawn = []
+
+    def books() -> Iterator[tuple[int, Document]]:
+        for number in range(20):
+            drawn.append(number)
+            yield number, Document("a" * 40_000, str(number))
+
+    blocks = pack(books(), _Letters(), Packing(256))
+    next(blocks)
+    assert len(drawn) <= 4  # two at a time, and the next two while these are used
+    assert sum(len(block.token_ids) for block in blocks) == 20 * 40_000 - 256
+
+
+def test_text_that_can_not_be_read_is_told_behind_what_came_before() -> None:
+    def broken() -> Iterator[tuple[int, Document]]:
+        for number in range(3):
+            yield number, Document("a" * 70_000, str(number))
+        raise CorpusError("row 3 is no text")
+
+    blocks = pack(broken(), _Letters(), Packing(70_000))
+    assert [next(blocks).end.document for _ in range(3)] == [1, 2, 3]
+    with pytest.raises(CorpusError, match="row 3 is no text"):
+        next(blocks)

@@ -228,6 +228,25 @@ def test_batches_equal_decoded_chunks(
     assert _bits(rows) == _bits(kept)
 
 
+def test_exact_rows_are_read_once_for_all_chunks_of_a_shard(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ActivationCache.open(pair[0])
+    n_rows = cache.n_tokens // cache.n_shards
+    read = []
+    small = TensorFile.small
+    monkeypatch.setattr(TensorFile, "small", lambda file: read.append(file) or small(file))
+
+    fresh = ActivationCache.open(pair[0])
+    n_chunks = len(list(fresh.chunks("embed", rows=n_rows)))
+    n_whole = len(read)
+    read.clear()
+    finer = ActivationCache.open(pair[0])
+
+    assert len(list(finer.chunks("embed", rows=16))) > 2 * n_chunks
+    assert len(read) == n_whole
+
+
 def _bits(rows: Tensor) -> list[list[int]]:
     return sorted(rows.contiguous().view(torch.int32).tolist())
 

@@ -46,6 +46,10 @@ def _first(
     return list(itertools.islice(batches, n))
 
 
+def _rows(batches: Iterator[dict[str, torch.Tensor]]) -> torch.Tensor:
+    return torch.cat([batch[HOOKPOINT] for batch in batches])
+
+
 def _read_as_trainer(
     stream: ActivationStream, n: int, *, start: int = 0, batch_size: int = 40, slow_s: float = 0
 ) -> Iterator[torch.Tensor]:
@@ -150,10 +154,10 @@ def test_sample_is_of_the_pool_near_a_row(
     tiny_lm: LanguageModel, tiny_corpus: list[str], tmp_path: Path
 ) -> None:
     with _open(tiny_lm, tiny_corpus, tmp_path / "s", max_disk_bytes=BUDGET) as stream:
-        first = rows_of(stream.aligned_sample([HOOKPOINT], 40, seed=3))
+        first = _rows(stream.aligned_sample([HOOKPOINT], 40, seed=3))
         batches = list(_read_as_trainer(stream, 30))
         assert torch.equal(first[:40], batches[0])
-        last = rows_of(stream.aligned_sample([HOOKPOINT], 40, seed=3, near_row=30 * 40 - 1))
+        last = _rows(stream.aligned_sample([HOOKPOINT], 40, seed=3, near_row=30 * 40 - 1))
         assert tuple(batches[-1][-1].tolist()) in {tuple(row) for row in last.tolist()}
 
 

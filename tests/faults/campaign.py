@@ -15,7 +15,11 @@ from . import (
     kills,
     reader_while_writing,
     system_calls,
+    training_calls,
+    training_damage,
+    training_kills,
     truncations,
+    two_trainers,
     two_writers,
 )
 from .outcome import Outcome
@@ -40,6 +44,10 @@ KINDS = {
     "two_writers": Kind(two_writers.run, 30, 2),
     "reader_while_writing": Kind(reader_while_writing.run, 12, 1),
     "disk_budget": Kind(disk_budget.run, 12, 1),
+    "training_kills": Kind(training_kills.run, 200, 3),
+    "training_calls": Kind(training_calls.run, 60, 3),
+    "training_damage": Kind(training_damage.run, 240, 12),
+    "two_trainers": Kind(two_trainers.run, 20, 2),
 }
 
 

@@ -14,7 +14,7 @@ from feature_db import (
     IndexProgress,
     build_index,
 )
-from sae import SAE, BatchTopKConfig, Origin, TopKConfig
+from sae import SAE, BatchTopKConfig, EvalConfig, Origin, TopKConfig, evaluate
 
 from .conftest import HOOKPOINT, World, random_sae, small_config, tiny_lm
 
@@ -168,6 +168,22 @@ def test_a_folder_gives_its_name(world: World, tmp_path: Path) -> None:
     path = build_index(world.lm, [folder], world.cache, out=tmp_path / "x", config=small_config())
     with FeatureDB.open(path) as db:
         assert db.sql("SELECT name, fvu FROM saes").fetchall() == [("my-run", None)]
+
+
+def test_every_figure_of_the_report_stands_in_the_database(world: World, tmp_path: Path) -> None:
+    folder = world.sae.save(tmp_path / "run")
+    # These SAEs were never trained: all rows may serve.
+    report = evaluate(world.sae, world.cache, config=EvalConfig(split="train", batch_size=64))
+    report.write(folder / "report.json")
+    path = build_index(
+        world.lm, [folder, world.other], world.cache, out=tmp_path / "x", config=small_config()
+    )
+    with FeatureDB.open(path) as db:
+        rows = db.sql("SELECT name, value, definition FROM metrics WHERE sae_id = 0").fetchall()
+        assert sorted(rows) == sorted(tuple(figure) for figure in report.figures())
+        assert db.sql("SELECT count(*) FROM metrics WHERE sae_id = 1").fetchall() == [(0,)]
+        fvu = "SELECT value = fvu FROM metrics m JOIN saes USING (sae_id) WHERE m.name = "
+        assert db.sql(fvu + "'reconstruction.fvu'").fetchall() == [(True,)]
 
 
 def test_a_broken_report_is_an_error(world: World, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ VERBS = [
     "index",
     "plan",
     "query",
+    "report",
     "run",
     "search",
     "show",
@@ -140,6 +141,26 @@ def test_the_stages_one_by_one_make_the_same_as_a_run(
         for each in (db, small_run.db)
     )
     assert ours == theirs
+
+
+def test_an_untrained_model_makes_a_cache_that_says_so(
+    saebase: Saebase, small_run: SmallRun, tmp_path: Path
+) -> None:
+    command = (
+        *("harvest", "--model", small_run.model, "--dataset", small_run.text),
+        *("--out", tmp_path / "acts", "--hookpoints", "layers.1.resid_post"),
+        *("--n-tokens", 1536, "--ctx-len", 32),
+    )
+    made = saebase(*command, "--random-weights", 1)
+    assert made.status == 0, made.err
+    manifest = json.loads((tmp_path / "acts" / "manifest.json").read_text())
+    assert manifest["fingerprint"]["model"] == f"{small_run.model}#random-weights=1"
+    refused = saebase(*command)
+    assert refused.status == 2
+    assert "random-weights" in refused.err
+    evaluated = saebase("evaluate", small_run.sae, "--acts", tmp_path / "acts", "--no-with-model")
+    assert evaluated.status == 2
+    assert "random-weights" in evaluated.err
 
 
 def test_flags_may_stand_in_a_file_and_the_line_wins(
@@ -259,7 +280,8 @@ def test_an_interrupted_train_says_so_and_goes_on(small_run: SmallRun, tmp_path:
     command = [sys.executable, "-m", "pipelines", "train", "--acts", str(small_run.acts)]
     command += ["--out", str(tmp_path / "sae"), "--d-sae", "64", "--k", "4"]
     command += ["--batch-size", "128", "--n-steps", "400", "--log-every-steps", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=one_thread)
     metrics = tmp_path / "sae" / "metrics.jsonl"
     while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size > 600):
         pass
@@ -271,7 +293,7 @@ def test_an_interrupted_train_says_so_and_goes_on(small_run: SmallRun, tmp_path:
     assert 0 < step < 400
     assert list((tmp_path / "sae" / "checkpoints").glob("step-*"))
     short = [*command[:-4], "--n-steps", "400", "--log-every-steps", "1"]
-    assert subprocess.run(short, capture_output=True).returncode == 0
+    assert subprocess.run(short, capture_output=True, env=one_thread).returncode == 0
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, 401))
 

@@ -19,6 +19,7 @@ from sae import (
     Metrics,
     ResumeMismatchError,
     RunResult,
+    StorageError,
     TopKConfig,
     TrainConfig,
     TrainingStoppedError,
@@ -174,7 +175,7 @@ def test_checkpoint_that_fails_at_any_moment_leaves_the_one_before(
     try:
         save_checkpoint(tmp_path, 2, state(2.0), keep=2)
         reached = calls > nth
-    except OSError:
+    except StorageError:
         pass
     monkeypatch.undo()
     newest = load_newest_checkpoint(tmp_path)
@@ -211,7 +212,7 @@ def test_finished_run_returns_at_once(
 @pytest.mark.parametrize("is_finished", [False, True])
 @pytest.mark.parametrize(
     ("change", "name"),
-    [({"lr": 1e-3}, "train.lr=0.003, but now 0.001"), ({"k": 5}, "sae.k=4, but now 5")],
+    [({"lr": 1e-3}, r"train\.lr=0\.003 \(now 0\.001\)"), ({"k": 5}, r"sae\.k=4 \(now 5\)")],
 )
 def test_other_settings_are_refused_by_name(
     planted: Planted,

@@ -23,6 +23,7 @@ from sae import (
     SAEConfig,
     SAEError,
     SourceError,
+    StorageError,
     TopKConfig,
 )
 from sae.atomic_files import sha256
@@ -180,7 +181,8 @@ def change(**changes: Any) -> Callable[[Path], None]:
         (spoil_config, CorruptFileError, r"config\.json is no SAE's description"),
         (change(format_version=2), NewerFormatError, r"format_version 2; .* reads up to 1\. Up"),
         (change(format_version="x"), CorruptFileError, "is no SAE's description"),
-        (change(architecture="gated"), CorruptFileError, "unknown architecture 'gated'; this ver"),
+        (change(architecture="gates"), CorruptFileError, "unknown architecture 'gates'; this ver"),
+        (change(architecture="gated"), CorruptFileError, "GatedConfig has no setting 'k'; known"),
         (change(d_model=9), CorruptFileError, r"W_enc is \[8, 20, 'F32'\]; expected \[9, 20, 'F3"),
         (change(sae={"d_sae": 20}), CorruptFileError, "BatchTopKConfig.k: Field required"),
         (change(sae={"d_sae": 20, "k": 3, "kk": 1}), CorruptFileError, "no setting 'kk'; did you"),
@@ -227,7 +229,7 @@ def test_first_save_that_fails_leaves_no_sae(
         return original(*args)
 
     monkeypatch.setattr(owner, step, failing)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StorageError, match="No space left"):
         random_sae().save(tmp_path)
     monkeypatch.undo()
     with pytest.raises(MissingFileError):
