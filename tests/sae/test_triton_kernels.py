@@ -434,7 +434,8 @@ FOR_H100: dict[str, tuple[str, dict[str, int], int]] = {
         "*fp32 *fp16 *fp32 *fp32 *fp32 i32 i32", {"ROWS": 1, "BLOCK": 4096}, 8,
     ),
     "triton_choice.narrow_lists": (
-        "*i32 *i32" + 5 * " *fp32" + " *i32 *i32 i32 i32 i32 i32 fp32", {"ROWS": 1, "WIDTH": 512}, 2,
+        "*i32 *i32" + 5 * " *fp32" + " *i32 *i32 i32 i32 i32 i32 fp32",
+        {"ROWS": 1, "WIDTH": 512}, 2,
     ),
     "triton_choice.pack_lists": ("*i32 *i64 *i64 i32", {"ROWS": 1, "WIDTH": 512}, 1),
     "triton_choice.choose_largest": (
