@@ -212,11 +212,13 @@ class LanguageModel:
         """Whether an edit is active."""
         return self._n_edits > 0
 
-    @torch.no_grad()
-    def logits(self, inputs: str | Sequence[str] | Tensor) -> Tensor:
-        """Logits of a plain forward pass, [batch, seq, vocab], in the model's dtype."""
+    def logits(self, inputs: str | Sequence[str] | Tensor, *, grad: bool = False) -> Tensor:
+        """Logits of a plain forward pass, [batch, seq, vocab], in the model's dtype.
+
+        grad: whether gradients flow back from them, to what edits put in (the model is frozen).
+        """
         token_ids, mask = self.token_batch(inputs)
-        with self._turn:
+        with self._turn, torch.set_grad_enabled(grad):
             return self._forward(token_ids, mask).logits  # type: ignore[no-any-return]
 
     @torch.no_grad()

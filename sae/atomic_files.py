@@ -39,8 +39,8 @@ def told(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(
-            f"{error.filename or path}: {error.strerror or error}; make room or look at the disk, "
-            "then do the same again: a run goes on from its last checkpoint"
+            f"{path}: {error.strerror or error}; make room or look at the disk, then do the same "
+            "again: a run goes on from its last checkpoint"
         ) from error
 
 

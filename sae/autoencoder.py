@@ -186,7 +186,10 @@ class SAE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction x_hat of x: [..., d_model] -> [..., d_out] float32."""
         if torch.is_grad_enabled() and (x.requires_grad or self.W_enc_rows.requires_grad):
-            return self.decode(self.encode(x)) + self.skip(x)
+            from sae.sparse_autograd import reconstructed
+
+            x_hat = reconstructed(self, x.reshape(-1, self.d_model), self.encode_sparse(x))
+            return x_hat.view(*x.shape[:-1], self.d_out) + self.skip(x)
         decoded = self.decode_sparse(self.encode_sparse(x))
         return decoded.view(*x.shape[:-1], self.d_out) + self.skip(x)
 

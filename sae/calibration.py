@@ -57,4 +57,4 @@ def calibrate_threshold_(sae: SAE, rows: Tensor) -> None:
         architecture.calibrate(sae.pre_acts(part.to(sae.b_dec.device)), sae.config, sae.threshold)
         for part in rows.tensor_split(n_parts)
     ]
-    sae.threshold.copy_(torch.stack(thresholds).mean(0))
+    sae.threshold.copy_(torch.stack(thresholds).double().mean(0))

@@ -67,6 +67,11 @@ class TrainConfig(Config):
         le=1,
         description="Last fraction of the steps, over which lr falls to zero.",
     )
+    optimizer: Literal["adam", "adam_lean"] = Field(
+        default="adam",
+        description="adam: 16 bytes a parameter, gradient and weight included; adam_lean: 8, with "
+        "gradients and their mean in bfloat16 and one second moment a feature.",
+    )
     beta1: float = Field(default=0.9, ge=0, lt=1, description="Adam's decay of the mean gradient.")
     beta2: float = Field(
         default=0.999, ge=0, lt=1, description="Adam's decay of the squared gradient."
@@ -126,10 +131,10 @@ class TrainConfig(Config):
     freeze_decoder: bool = Field(
         default=False, description="Leave W_dec at its random start: a baseline."
     )
-    kernels: Literal["auto", "torch", "compiled"] = Field(
+    kernels: Literal["auto", "torch", "compiled", "triton"] = Field(
         default="auto", description="Tier of kernels. auto: the fastest that works here."
     )
-    nominate_in: Literal["auto", "float32", "bfloat16", "int8"] = Field(
+    nominate_in: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         default="auto",
         description="Precision that candidates for active features are found in; the choice is "
         "made from float32 scores. auto: the fastest here.",

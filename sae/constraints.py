@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sae.gradients import Weights
+from sae.products import float32_products
 
 # Features that are compared with each other, in one product.
 CHUNK = 4096
@@ -47,7 +48,8 @@ def add_orthogonality_(gradient: Tensor, W_dec: Tensor, coefficient: float, seed
     total = W_dec.new_zeros(())
     for ids in order.tensor_split(-(-n // CHUNK)):
         rows = W_dec[ids]
-        cosines = rows @ rows.T  # [chunk, chunk]
+        with float32_products("tf32"):
+            cosines = rows @ rows.T  # [chunk, chunk]
         cosines.fill_diagonal_(0)
         nearest = cosines.abs().argmax(1)
         largest = cosines.gather(1, nearest.unsqueeze(1))
@@ -55,5 +57,5 @@ def add_orthogonality_(gradient: Tensor, W_dec: Tensor, coefficient: float, seed
         pull = largest * (2 * coefficient / n)
         grad = pull * rows[nearest]
         grad.index_add_(0, nearest, pull * rows)
-        gradient.index_add_(0, ids, grad)
+        gradient.index_add_(0, ids, grad.to(gradient.dtype))
     return total * (coefficient / n)

@@ -27,6 +27,7 @@ from torch import Tensor
 from sae.codes import Codes
 from sae.kernels import Kernels
 from sae.kernels.selection import TILE_ROWS
+from sae.products import float32_products
 
 
 class Weights(NamedTuple):
@@ -118,17 +119,18 @@ def add_auxk_(
     grads = [torch.zeros_like(W_enc), torch.zeros_like(W_dec), torch.zeros_like(b_enc)]
     factor = auxk.coefficient * min(1.0, len(dead) / auxk.k) * scale
     loss = error.new_zeros(())
-    for x, target in zip(x_centred.split(TILE_ROWS), error.split(TILE_ROWS), strict=True):
-        acts = _largest_of_rows(torch.addmm(b_enc, x, W_enc.T), auxk.k)  # [tile, n_dead]
-        left_over = torch.addmm(target, acts, W_dec, alpha=-1)  # e - e_hat
-        loss += left_over.square().sum() * factor
-        grad_e_hat = left_over * (-2 * factor)
-        grad_pre_acts = (grad_e_hat @ W_dec.T) * (acts > 0)
-        grads[0].addmm_(grad_pre_acts.T, x)
-        grads[1].addmm_(acts.T, grad_e_hat)
-        grads[2] += grad_pre_acts.sum(0)
+    with float32_products("tf32"):
+        for x, target in zip(x_centred.split(TILE_ROWS), error.split(TILE_ROWS), strict=True):
+            acts = _largest_of_rows(torch.addmm(b_enc, x, W_enc.T), auxk.k)  # [tile, n_dead]
+            left_over = torch.addmm(target, acts, W_dec, alpha=-1)  # e - e_hat
+            loss += left_over.square().sum() * factor
+            grad_e_hat = left_over * (-2 * factor)
+            grad_pre_acts = (grad_e_hat @ W_dec.T) * (acts > 0)
+            grads[0].addmm_(grad_pre_acts.T, x)
+            grads[1].addmm_(acts.T, grad_e_hat)
+            grads[2] += grad_pre_acts.sum(0)
     for total, part in zip((gradients.W_enc, gradients.W_dec, gradients.b_enc), grads, strict=True):
-        total.index_add_(0, dead, part)
+        total.index_add_(0, dead, part.to(total.dtype))
     return loss
 
 

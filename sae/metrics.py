@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -67,18 +67,25 @@ class Metrics:
         return dataclasses.asdict(self)
 
 
+class ToDict(Protocol):
+    """Metrics of a step, which they name."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+
+
 class MetricsLog:
     """metrics.jsonl of a run: append-only, cut back to the checkpoint that a run resumes from."""
 
     def __init__(self, path: Path, *, after_step: int) -> None:
         """Open the log, keeping only its whole lines up to and with after_step."""
-        kept = [line for line in _lines(path) if line.step <= after_step]
-        write_text(path, "".join(json.dumps(line.to_dict()) + "\n" for line in kept))
+        kept = [line for line in _lines(path) if line["step"] <= after_step]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._path = path
         with told(path):
             self._file = path.open("a", encoding="utf-8")
 
-    def append(self, metrics: Metrics) -> None:
+    def append(self, metrics: ToDict) -> None:
         """Add a line; readers see it at once."""
         with told(self._path):
             self._file.write(json.dumps(metrics.to_dict()) + "\n")
@@ -102,20 +109,22 @@ class MetricsLog:
 def last_metrics(path: Path) -> Metrics | None:
     """The last line of a metrics.jsonl; None if there is none."""
     lines = _lines(path)
-    return lines[-1] if lines else None
+    return Metrics(**lines[-1]) if lines else None
 
 
-def _lines(path: Path) -> list[Metrics]:
+def _lines(path: Path) -> list[dict[str, Any]]:
     """Lines of a log; one cut short by a crash is dropped, with what follows it."""
-    lines: list[Metrics] = []
+    lines: list[dict[str, Any]] = []
     if not path.is_file():
         return lines
     with told(path):
         texts = path.read_bytes().splitlines()
     for text in texts:
         try:
-            lines.append(Metrics(**json.loads(text)))
-        except (ValueError, TypeError):
-            logger.warning("%s: dropped a line that was cut short", path)
+            line = {**json.loads(text)}
+            int(line["step"])
+        except (ValueError, TypeError, KeyError):
+            logger.warning("%s: dropped a line that was cut short or damaged", path)
             break
+        lines.append(line)
     return lines

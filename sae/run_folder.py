@@ -97,17 +97,22 @@ class RunPlan(NamedTuple):
         return dict(json.loads(json.dumps(settings)))
 
 
-class RunFolder:
-    """runs/NAME/: config.json, sae.safetensors, metrics.jsonl, checkpoints/."""
+class LockedFolder:
+    """A folder that one process works in: config.json, sae.safetensors, metrics.jsonl,
+    checkpoints/."""
 
-    def __init__(self, path: Path, plan: RunPlan) -> None:
-        self.path, self.plan = path, plan
-        self.saved_step = 0
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     @property
     def metrics_path(self) -> Path:
         """metrics.jsonl."""
         return self.path / METRICS_FILE
+
+    @property
+    def checkpoints_path(self) -> Path:
+        """checkpoints/."""
+        return self.path / CHECKPOINTS_FOLDER
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -126,6 +131,42 @@ class RunFolder:
                 )
             yield
 
+    def clear(self) -> None:
+        """Remove what an earlier run left, for a fresh start."""
+        if Team().is_first:
+            with told(self.path):
+                (self.path / CONFIG_FILE).unlink(missing_ok=True)
+                (self.path / WEIGHTS_FILE).unlink(missing_ok=True)
+                remove_checkpoints(self.checkpoints_path)
+                self.metrics_path.unlink(missing_ok=True)
+        Team().wait()
+
+    def require_same(self, planned: dict[str, Any], found: dict[str, Any]) -> None:
+        """Compare another run's settings, as far as they are given, with those planned.
+
+        Raises: ResumeMismatchError, which names what differs.
+        """
+        flat = _flat(planned)
+        differing = [
+            f"{name}={value!r} (now {flat.get(name)!r})"
+            for name, value in _flat(found).items()
+            if flat.get(name) != value
+        ]
+        if differing:
+            raise ResumeMismatchError(
+                f"the run in {self.path} was started with {', '.join(differing)}; use the same "
+                "settings, another folder, or resume=False to start over"
+            )
+
+
+class RunFolder(LockedFolder):
+    """runs/NAME/ of a run of training."""
+
+    def __init__(self, path: Path, plan: RunPlan) -> None:
+        super().__init__(path)
+        self.plan = plan
+        self.saved_step = 0
+
     def last_metrics(self) -> Metrics | None:
         """The last line of metrics.jsonl."""
         return last_metrics(self.metrics_path)
@@ -139,7 +180,8 @@ class RunFolder:
             return None
         description = read_description(self.path)
         if description.get("train") is not None:
-            self._check_same(
+            self.require_same(
+                self.plan.settings(),
                 {
                     "architecture": description["architecture"],
                     "wiring": _wiring_settings(description),
@@ -150,7 +192,7 @@ class RunFolder:
                         if name not in FREE_SETTINGS
                     },
                     "provenance": description["provenance"],
-                }
+                },
             )
         return SAE.load(self.path)
 
@@ -159,10 +201,10 @@ class RunFolder:
 
         Raises: ResumeMismatchError, CheckpointError.
         """
-        checkpoint = load_newest_checkpoint(self.path / CHECKPOINTS_FOLDER)
+        checkpoint = load_newest_checkpoint(self.checkpoints_path)
         if checkpoint is None:
             return None
-        self._check_same(checkpoint.values["settings"])
+        self.require_same(self.plan.settings(), checkpoint.values["settings"])
         state = TrainingState.from_checkpoint(
             checkpoint, self.plan.sae_config, self.plan.train_config, self.plan.origin(0)
         )
@@ -170,20 +212,10 @@ class RunFolder:
         logger.info("%s: going on from step %d", self.path, state.counters.step)
         return state
 
-    def clear(self) -> None:
-        """Remove what an earlier run left, for a fresh start."""
-        if Team().is_first:
-            with told(self.path):
-                (self.path / CONFIG_FILE).unlink(missing_ok=True)
-                (self.path / WEIGHTS_FILE).unlink(missing_ok=True)
-                remove_checkpoints(self.path / CHECKPOINTS_FOLDER)
-                self.metrics_path.unlink(missing_ok=True)
-        Team().wait()
-
     def sweep(self) -> None:
         """Remove what a process left that was killed while it wrote or removed checkpoints."""
         keep = self.plan.train_config.keep_checkpoints
-        sweep_checkpoints(self.path / CHECKPOINTS_FOLDER, self.plan.n_steps, keep=keep)
+        sweep_checkpoints(self.checkpoints_path, self.plan.n_steps, keep=keep)
 
     def checkpoint(self, state: TrainingState, log: MetricsLog | None) -> None:
         """Save the state, after the metrics that lead up to it. Once a step is enough.
@@ -198,22 +230,8 @@ class RunFolder:
             checkpoint = state.to_checkpoint()
             checkpoint.values["settings"] = self.plan.settings()
             keep = self.plan.train_config.keep_checkpoints
-            save_checkpoint(self.path / CHECKPOINTS_FOLDER, step, checkpoint, keep=keep)
+            save_checkpoint(self.checkpoints_path, step, checkpoint, keep=keep)
         self.saved_step = step
-
-    def _check_same(self, settings: dict[str, Any]) -> None:
-        """Compare another run's settings, as far as they are given, with the plan's."""
-        planned = _flat(self.plan.settings())
-        differing = [
-            f"{name}={value!r} (now {planned.get(name)!r})"
-            for name, value in _flat(settings).items()
-            if planned.get(name) != value
-        ]
-        if differing:
-            raise ResumeMismatchError(
-                f"the run in {self.path} was started with {', '.join(differing)}; use the same "
-                "settings, another folder, or resume=False to start over"
-            )
 
 
 def _wiring_settings(description: dict[str, Any]) -> dict[str, Any] | None:

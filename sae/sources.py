@@ -105,8 +105,11 @@ class EvaluationSource(ActivationSource, Protocol):
 class SplicedModel(Protocol):
     """A language model whose stream can be edited."""
 
-    def logits(self, token_ids: Tensor) -> Tensor:
-        """[batch, seq] int64 -> [batch, seq, vocab], in the model's dtype."""
+    def logits(self, token_ids: Tensor, *, grad: bool = False) -> Tensor:
+        """[batch, seq] int64 -> [batch, seq, vocab], in the model's dtype.
+
+        grad: whether gradients flow back from them, to what edits put in.
+        """
 
     def edit(self, edits: Mapping[str, Callable[[Tensor], Tensor]]) -> AbstractContextManager[None]:
         """Within the context, x [batch, seq, d_model] at each hookpoint becomes edits[...](x)."""

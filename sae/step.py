@@ -96,6 +96,8 @@ def _weights_gradients(
         b_enc = torch.zeros_like(at.weights.b_enc)
         b_enc.index_add_(0, codes.feature_ids, push.pre_acts)
         n_active = torch.bincount(codes.feature_ids, minlength=n_features)
+    if (dtype := at.kernels.gradients_in) is not None:  # where the tier doesn't write it at once
+        W_enc, W_dec = W_enc.to(dtype), W_dec.to(dtype)
     if push.uniform:
         W_enc.add_(at.x.sum(0), alpha=push.uniform)
         b_enc.add_(push.uniform * at.n_rows)

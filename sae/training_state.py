@@ -19,7 +19,7 @@ from sae.constraints import (
     align_,
     align_gradients_,
 )
-from sae.errors import DivergedError, NonFiniteError
+from sae.errors import DivergedError, NonFiniteError, TrainingError
 from sae.gradients import AuxK, Weights
 from sae.initialisation import InputStatistics, initial_sae
 from sae.kernels import kernels_of
@@ -27,7 +27,7 @@ from sae.normalisation import Normalisation
 from sae.optimizer import Adam
 from sae.reading import Batch
 from sae.schedule import learning_rate, progress
-from sae.sparsity import PenaltyConfig
+from sae.sparsity import Control, PenaltyConfig
 from sae.step import Step, step_of
 from sae.team import Team
 
@@ -41,7 +41,7 @@ class Counters:
 
     step: batches read, skipped ones included: the position in the data. n_tokens: rows trained
     on. n_skipped, n_skipped_in_a_row: batches with NaN or Inf. elapsed_s: seconds trained.
-    log_coefficient: of the sparsity penalty. first_loss: of the first step.
+    l0_integral, l0_excess: of the sparsity penalty's control. first_loss: of the first step.
     """
 
     step: int = 0
@@ -49,7 +49,8 @@ class Counters:
     n_skipped: int = 0
     n_skipped_in_a_row: int = 0
     elapsed_s: float = 0.0
-    log_coefficient: float = 0.0
+    l0_integral: float = 0.0
+    l0_excess: float = 0.0
     first_loss: float | None = None
 
 
@@ -89,12 +90,11 @@ class TrainingState:
         self._widths = widths
         self._architecture = architecture_of(sae.config)
         self.learnt = self._architecture.start(sae.weights, sae.config)
-        if isinstance(sae.config, PenaltyConfig):
-            self.counters.log_coefficient = sae.config.log_start
         sae.kernels = kernels_of(config.kernels, config.nominate_in, sae.b_dec.device)
-        self._optimizer = Adam(
-            self._parameters(), sae.kernels, beta1=config.beta1, beta2=config.beta2
-        )
+        is_lean = config.optimizer == "adam_lean"
+        sae.kernels.gradients_in = torch.bfloat16 if is_lean else None
+        betas = {"beta1": config.beta1, "beta2": config.beta2}
+        self._optimizer = Adam(self._parameters(), sae.kernels, is_lean=is_lean, **betas)
 
     @classmethod
     def start(
@@ -123,14 +123,17 @@ class TrainingState:
     def advance(self, batch: Batch) -> StepReport | None:
         """One step on raw activations; None if it was skipped for NaN or Inf.
 
-        Raises: NonFiniteError after max_skipped_batches of these in a row; DivergedError.
+        Raises: NonFiniteError or DivergedError after max_skipped_batches of these in a row;
+        DivergedError if the loss is beyond hope.
         """
         lr = learning_rate(self.config, self.counters.step)
         batch = batch.to(self.sae.b_dec.device)
         x = self.normalisation.inputs(batch.x)
         y = x if batch.y is batch.x else self.normalisation.outputs(batch.y)
         if self.team.any(not (x.sum() + y.sum()).isfinite()):
-            self._skip_()
+            self._skip_(
+                NonFiniteError, "held NaN or Inf; look at the activations (float16 overflows)"
+            )
             return None
         n_rows = round(self.team.sum(len(x)))
         at = self._moment(x, y, n_rows)
@@ -144,11 +147,14 @@ class TrainingState:
         )
         grad_norm = self._prepare_(step.gradients)
         if not grad_norm.isfinite():
-            self._skip_()
+            self._skip_(
+                DivergedError, f"had no finite gradient: the loss is {float(step.loss):.3g}"
+            )
             return None
-        self._require_sane(float(step.loss), lr)
+        self._require_sane(float(step.loss))
         l0 = float(step.n_active.sum()) / n_rows
         self._apply_(step, lr, float(grad_norm), n_rows, l0)
+        step = step._replace(gradients={})  # which a report would keep alive through the next step
         return StepReport(step, l0, lr, float(grad_norm), at.coefficient, y)
 
     def finished_sae(self, origin: Origin) -> SAE:
@@ -207,7 +213,8 @@ class TrainingState:
         sae, done = self.sae, progress(self.config, self.counters.step)
         coefficient = 0.0
         if isinstance(sae.config, PenaltyConfig):
-            coefficient = sae.config.coefficient_at(self.counters.log_coefficient, done)
+            control = Control(self.counters.l0_integral, self.counters.l0_excess)
+            coefficient = sae.config.coefficient_at(control, done)
         target = y - sae.b_dec
         return Moment(
             x=target if sae.is_tied else x,
@@ -243,7 +250,8 @@ class TrainingState:
             del gradients["W_dec"]
         else:
             self.sae.kernels.remove_along_(gradients["W_dec"], weights.W_dec)
-        norm: Tensor = torch.stack([each.norm() for each in gradients.values()]).norm()
+        norms = [torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients.values()]
+        norm: Tensor = torch.stack(norms).norm()
         return norm
 
     def _apply_(self, step: Step, lr: float, grad_norm: float, n_rows: int, l0: float) -> None:
@@ -259,15 +267,17 @@ class TrainingState:
         self.tokens_since_active[step.n_active > 0] = 0
         sae_config, counters = self.sae.config, self.counters
         if isinstance(sae_config, PenaltyConfig):
+            assert self.config.n_steps is not None
             done = progress(self.config, counters.step)
-            log_coefficient = counters.log_coefficient
-            counters.log_coefficient = sae_config.next_log_coefficient(log_coefficient, l0, done)
+            control = Control(counters.l0_integral, counters.l0_excess)
+            control = sae_config.next_control(control, l0, done, self.config.n_steps)
+            counters.l0_integral, counters.l0_excess = control
         counters.n_tokens += n_rows
         counters.n_skipped_in_a_row = 0
         counters.step += 1
         self.is_between_steps = True
 
-    def _require_sane(self, loss: float, lr: float) -> None:
+    def _require_sane(self, loss: float) -> None:
         """Raises: DivergedError if the loss has grown beyond hope."""
         counters = self.counters
         if counters.first_loss is None:
@@ -275,20 +285,27 @@ class TrainingState:
         if loss > DIVERGED * max(counters.first_loss, 1.0):
             raise DivergedError(
                 f"training diverged at step {counters.step}: the loss is {loss:.3g}, after "
-                f"{counters.first_loss:.3g} at the first step; lower lr={lr:.3g}, or raise "
-                "warmup_steps"
+                f"{counters.first_loss:.3g} at the first step; {self._way_out}"
             )
 
-    def _skip_(self) -> None:
+    @property
+    def _way_out(self) -> str:
+        return (
+            f"lower lr={self.config.lr:.3g}, or raise warmup_steps, and start over with "
+            "resume=False"
+        )
+
+    def _skip_(self, error: type[TrainingError], what: str) -> None:
+        """Count a batch as skipped. Raises: error, if too many were, of which what is said."""
         counters = self.counters
         counters.step += 1
         counters.n_skipped += 1
         counters.n_skipped_in_a_row += 1
         if counters.n_skipped_in_a_row >= self.config.max_skipped_batches:
-            raise NonFiniteError(
+            way_out = f"; {self._way_out}" if error is DivergedError else ""
+            raise error(
                 f"{counters.n_skipped_in_a_row} batches in a row, up to step {counters.step}, "
-                "held NaN or Inf, or made the gradient so; look at the activations (float16 "
-                "overflows), or lower lr"
+                f"{what}{way_out}"
             )
 
 

@@ -12,8 +12,16 @@ from sae.codes import Codes
 from sae.config import SAEConfig
 from sae.gradients import Levels, Reconstruction, Weights
 from sae.kernels import Kernels, PreActs
-from sae.kernels.selection import CANDIDATE_MARGIN, keep_largest, top_of_batch
+from sae.kernels.selection import (
+    CANDIDATE_MARGIN,
+    above_threshold,
+    keep_largest,
+    top_of_batch,
+)
 from sae.team import Team
+
+# How far calibration may move thresholds for an L0 that is aimed at.
+LARGEST_SCALE = 1.25
 
 
 class Moment(NamedTuple):
@@ -120,6 +128,24 @@ class Architecture(ABC):
         """The inference threshold that fits this batch best; the same one if there is none."""
         del pre_acts, config
         return threshold
+
+
+def thresholds_for_l0(pre_acts: PreActs, threshold: Tensor, l0: float) -> Tensor:
+    """Features' thresholds [d_sae] times the one factor that makes L0 of these rows l0.
+
+    The factor stays within LARGEST_SCALE: making up for more is training's business. Thresholds
+    that are all 0, as before training, become all the same.
+    """
+    n_keep = max(1, round(l0 * len(pre_acts.x)))
+    if not threshold.any():
+        smallest = top_of_batch(pre_acts, n_keep, expected=0.0).smallest
+        return torch.full_like(threshold, float(smallest))
+    codes = above_threshold(pre_acts, threshold / LARGEST_SCALE)
+    if codes.nnz <= n_keep:
+        return threshold / LARGEST_SCALE
+    ratios = codes.acts / threshold[codes.feature_ids]
+    largest_left_out = ratios.kthvalue(codes.nnz - n_keep).values
+    return threshold * largest_left_out.clamp(max=LARGEST_SCALE)
 
 
 def top_of_all_batches(pre_acts: PreActs, k: int, expected: float, at: Moment) -> Forward:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import ClassVar, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from sae.architectures.base import Architecture, Forward, Moment, Push
+from sae.architectures.base import Architecture, Forward, Moment, Push, thresholds_for_l0
 from sae.codes import Codes
 from sae.config import SAEConfig
 from sae.gradients import Reconstruction, Weights
@@ -18,13 +17,6 @@ from sae.sparsity import PenaltyConfig
 
 class GatedConfig(PenaltyConfig):
     """Gated: the L1 penalty acts on gates, so that it doesn't shrink acts."""
-
-    coefficient: float = Field(
-        default=5.0,
-        gt=0,
-        description="Weight of the L1 penalty on gates; with target_l0, where it starts. Rows are "
-        "scaled to a mean squared norm of d_model, and the error is the squared one of a row.",
-    )
 
 
 class Tape(NamedTuple):
@@ -70,6 +62,12 @@ class Gated(Architecture):
         threshold.copy_((b_mag - gain * weights.b_enc).clamp(min=0))
         weights.W_enc.mul_(gain.unsqueeze(1))
         weights.b_enc.copy_(b_mag)
+
+    def calibrate(self, pre_acts: PreActs, config: SAEConfig, threshold: Tensor) -> Tensor:
+        """Thresholds times a factor near 1, for target_l0 if there is one."""
+        if config.expected_l0 is None:
+            return threshold
+        return thresholds_for_l0(pre_acts, threshold, config.expected_l0)
 
     def forward(self, pre_acts: PreActs, config: SAEConfig, at: Moment) -> Forward:
         """All whose gate is open; active are those of a positive magnitude."""

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sae.architectures.base import Architecture, Forward, Moment, Push
+from sae.architectures.base import Architecture, Forward, Moment, Push, thresholds_for_l0
 from sae.codes import Codes
 from sae.config import SAEConfig
 from sae.gradients import Reconstruction, Weights
@@ -28,23 +28,20 @@ class JumpReLUConfig(PenaltyConfig):
         default="l0",
         description="Penalty: l0 (Rajamanoharan et al. 2024), or tanh (Anthropic, January 2025).",
     )
-    coefficient: float = Field(
-        default=0.001,
+    bandwidth: float = Field(
+        default=1.0,
         gt=0,
-        description="Weight of the penalty, of rows scaled to a mean squared norm of 1 (l0) or "
-        "d_model (tanh, where 5 is usual); with target_l0, where it starts.",
+        description="Width of the window around the threshold that its gradient comes from; 1 is "
+        "about the standard deviation of a random direction's pre-activations.",
     )
-    bandwidth: float | None = Field(
-        default=None,
-        gt=0,
-        description="Width of the window around the threshold that its gradient comes from. None: "
-        "0.001 sqrt(d_model) with l0, 2 with tanh.",
+    threshold_init: float = Field(
+        default=1.0, gt=0, description="Thresholds' start, in the same unit."
     )
-    threshold_init: float | None = Field(
-        default=None,
-        gt=0,
-        description="Thresholds' start. None: 0.001 sqrt(d_model) with l0, 0.1 with tanh.",
-    )
+
+    @property
+    def first_coefficient(self) -> float:
+        """coefficient, or its recipe's default."""
+        return self.coefficient or (0.001 if self.recipe == "l0" else 5.0)
 
 
 class JumpReLU(Architecture):
@@ -64,7 +61,9 @@ class JumpReLU(Architecture):
                  d acts / d pre_acts = 1 where active, + pre_acts / w K(...).
 
     Source: l0: Rajamanoharan et al. 2024, arXiv 2407.14435; tanh:
-    transformer-circuits.pub/2025/january-update, with decoder rows of norm 1.
+    transformer-circuits.pub/2025/january-update, with decoder rows of norm 1. In our units the
+    first has 0.001 sqrt(d_model) for bandwidth and threshold_init, the second 2 and 0.1; ours also
+    get there in short runs (docs/experiments.md).
     """
 
     name: ClassVar[str] = "jumprelu"
@@ -76,8 +75,7 @@ class JumpReLU(Architecture):
 
     def start(self, weights: Weights, config: SAEConfig) -> dict[str, Tensor]:
         """log_threshold: [d_sae]."""
-        chosen = cast(JumpReLUConfig, config)
-        threshold = chosen.threshold_init or _default(chosen, weights, l0=0.001, tanh=0.1)
+        threshold = cast(JumpReLUConfig, config).threshold_init
         return {"log_threshold": torch.full_like(weights.b_enc, math.log(threshold))}
 
     def fold_(
@@ -87,10 +85,16 @@ class JumpReLU(Architecture):
         del weights, config
         threshold.copy_(learnt["log_threshold"].exp())
 
+    def calibrate(self, pre_acts: PreActs, config: SAEConfig, threshold: Tensor) -> Tensor:
+        """Thresholds times a factor near 1, for target_l0 if there is one."""
+        if config.expected_l0 is None:
+            return threshold
+        return thresholds_for_l0(pre_acts, threshold, config.expected_l0)
+
     def forward(self, pre_acts: PreActs, config: SAEConfig, at: Moment) -> Forward:
         """All that are active, and all whose pre-activation is in the window."""
         chosen, threshold = cast(JumpReLUConfig, config), at.learnt["log_threshold"].exp()
-        lowest = threshold - _bandwidth(chosen, at.weights) / 2
+        lowest = threshold - chosen.bandwidth / 2
         if chosen.recipe == "l0":  # which works on ReLU(pre_acts)
             lowest = lowest.clamp(min=0)
         codes = at.kernels.above_threshold(pre_acts, lowest)
@@ -103,7 +107,7 @@ class JumpReLU(Architecture):
         chosen, ids = cast(JumpReLUConfig, config), made.codes.feature_ids
         assert made.is_active is not None
         is_active, threshold = made.is_active.to(found.dots.dtype), made.threshold[ids]
-        width = _bandwidth(chosen, at.weights)
+        width = chosen.bandwidth
         window = ((made.tape - threshold).abs() < width / 2) / width  # K / w
         acts_grad = found.dots * (-2 * at.scale)
         if chosen.recipe == "l0":
@@ -137,12 +141,3 @@ def _below(made: Forward, at: Moment) -> Tensor:
     above = (made.threshold[made.codes.feature_ids] - made.tape) * made.is_active
     below: Tensor = everywhere - above.sum()
     return below
-
-
-def _bandwidth(config: JumpReLUConfig, weights: Weights) -> float:
-    return config.bandwidth or _default(config, weights, l0=0.001, tanh=2.0)
-
-
-def _default(config: JumpReLUConfig, weights: Weights, *, l0: float, tanh: float) -> float:
-    """A recipe's default; that of l0 is for rows of mean squared norm 1."""
-    return l0 * math.sqrt(weights.W_enc.shape[1]) if config.recipe == "l0" else tanh

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from pydantic import Field
 
 from sae.architectures.base import Architecture, Forward, Moment, Push
 from sae.config import SAEConfig
@@ -16,13 +15,6 @@ from sae.sparsity import PenaltyConfig
 
 class ReLUConfig(PenaltyConfig):
     """ReLU + L1: every positive pre-activation is active, and acts cost what they are."""
-
-    coefficient: float = Field(
-        default=5.0,
-        gt=0,
-        description="Weight of the L1 penalty; with target_l0, where it starts. Rows are scaled "
-        "to a mean squared norm of d_model, and the error is the squared one of a row.",
-    )
 
 
 class ReLU(Architecture):

@@ -75,6 +75,6 @@ def evaluate(
         if other_seeds
         else None,
         probing=probe(sae, labelled, config) if labelled else None,
-        absorption=measure_absorption(sae, labelled, config) if labelled else None,
+        absorption=measure_absorption(sae, labelled, config) if labelled and sae.is_tied else None,
         baselines=(*fitted.measured(rows, losses, labelled, config), *baselines),
     )

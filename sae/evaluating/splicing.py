@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -53,7 +53,8 @@ def spliced_losses(
     """
     sums = dict.fromkeys(replacements, (0.0, 0.0))
     clean_sum, n_counted = 0.0, 0
-    for token_ids, is_counted in _batches(source, split, batch_size):
+    for blocks in batched_blocks(source.token_blocks(split=split), batch_size):
+        token_ids, is_counted = _stack(blocks)
         acts: dict[str, Tensor] = {}
         with lm.edit({each: _noted(acts, each) for each in wiring.hookpoints}):
             clean = _log_probabilities(lm, token_ids, is_counted)
@@ -107,25 +108,24 @@ def _put(value: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: value.to(x.device)
 
 
-def _batches(
-    source: EvaluationSource, split: Split, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """token_ids [batch, seq] of blocks of equal length, and which targets count [batch, seq - 1].
+def batched_blocks(blocks: Iterable[TokenBlock], batch_size: int) -> Iterator[list[TokenBlock]]:
+    """Blocks of equal length together, batch_size at most.
 
-    Blocks of another length than their neighbours make a batch of their own.
+    Those of another length than their neighbours make a batch of their own.
     """
     waiting: list[TokenBlock] = []
-    for block in source.token_blocks(split=split):
+    for block in blocks:
         is_other_length = bool(waiting) and len(block.token_ids) != len(waiting[0].token_ids)
         if is_other_length or len(waiting) == batch_size:
-            yield _stack(waiting)
+            yield waiting
             waiting = []
         waiting.append(block)
     if waiting:
-        yield _stack(waiting)
+        yield waiting
 
 
 def _stack(blocks: list[TokenBlock]) -> tuple[Tensor, Tensor]:
+    """token_ids [batch, seq], and which targets count [batch, seq - 1]."""
     in_split = torch.stack([block.in_split for block in blocks])
     return torch.stack([block.token_ids for block in blocks]), in_split[:, 1:]
 

@@ -8,8 +8,11 @@ from sae.errors import ConfigError
 from sae.kernels.base import AdamStep, FeatureSums, Kernels, Reconstructed
 from sae.kernels.compiled import CompiledKernels
 from sae.kernels.selection import PreActs
+from sae.kernels.triton_kernels import TritonKernels
 
-TIERS: dict[str, type[Kernels]] = {"torch": Kernels, "compiled": CompiledKernels}
+TIERS: dict[str, type[Kernels]] = {
+    each.name: each for each in (Kernels, CompiledKernels, TritonKernels)
+}
 
 
 def kernels_of(tier: str, nominates_in: str, device: torch.device | str) -> Kernels:

@@ -22,6 +22,9 @@ from sae.kernels.embedding_bags import (
 from sae.kernels.nomination import nominated_above_threshold, nominated_top_k_of_rows
 from sae.kernels.selection import PreActs, above_threshold, top_k_of_rows
 
+# Rows of a matrix that are changed at a time where that needs a copy of them.
+CHUNK = 4096
+
 
 class Reconstructed(NamedTuple):
     """Codes decoded and compared with their target.
@@ -63,13 +66,15 @@ class Kernels:
     """Plain torch: any device, any dtype.
 
     nominates_in: precision that candidates for active features are found in; what is selected, and
-    its acts, are always float32's.
+    its acts, are always float32's. gradients_in: what gradients of matrices are kept in, for a tier
+    to write at once; None: the dtype of what they are sums of.
     """
 
     name: ClassVar[str] = "torch"
 
     def __init__(self, nominates_in: str = "float32") -> None:
         self.nominates_in = nominates_in
+        self.gradients_in: torch.dtype | None = None
 
     @classmethod
     def missing(cls, device: torch.device) -> str | None:
@@ -142,8 +147,14 @@ class Kernels:
 
     def remove_along_(self, gradient: Tensor, rows: Tensor) -> None:
         """Take from each row of gradient [d_sae, d] its part along the same unit row of rows."""
-        along = (gradient * rows).sum(1, keepdim=True)
-        gradient.addcmul_(along, rows, value=-1)
+        if gradient.dtype == rows.dtype:
+            along = (gradient * rows).sum(1, keepdim=True)
+            gradient.addcmul_(along, rows, value=-1)
+            return
+        for part, directions in zip(gradient.split(CHUNK), rows.split(CHUNK), strict=True):
+            exact = part.to(rows.dtype)
+            self.remove_along_(exact, directions)
+            part.copy_(exact)
 
     def adam_(
         self,
@@ -174,6 +185,37 @@ class Kernels:
         )
         if unit_rows:
             weight.div_(weight.norm(dim=1, keepdim=True))
+
+    def adam_lean_(
+        self,
+        weight: Tensor,
+        gradient: Tensor,
+        mean: Tensor,
+        square: Tensor,
+        step: AdamStep,
+        *,
+        unit_rows: bool = False,
+    ) -> None:
+        """Lean Adam on a matrix, in place: mean [n, d] bfloat16, square [n] of a row's mean square.
+
+            mean   += (1 - beta1) (g - mean),   square += (1 - beta2) (mean over d of g^2 - square)
+            weight -= lr mean / (1 - beta1^t) / (sqrt(square / (1 - beta2^t)) + eps)
+
+        With unit_rows its rows then have norm 1.
+        Source: one second moment for a block of weights: Adam-mini, arXiv 2406.16793.
+        """
+        root_correction = (1 - step.beta2**step.t) ** 0.5
+        step_size = step.lr / (1 - step.beta1**step.t)
+        for start in range(0, len(weight), CHUNK):
+            part = slice(start, start + CHUNK)
+            scaled = gradient[part].to(weight.dtype) * step.grad_scale
+            square[part].lerp_(scaled.square().mean(1), 1 - step.beta2)
+            exact = mean[part].to(weight.dtype).lerp_(scaled, 1 - step.beta1)
+            mean[part] = exact.to(mean.dtype)
+            divisors = square[part].sqrt().div_(root_correction).add_(step.eps)
+            weight[part].addcdiv_(exact, divisors.unsqueeze(1), value=-step_size)
+            if unit_rows:
+                weight[part].div_(weight[part].norm(dim=1, keepdim=True))
 
     def _in_bfloat16(self, pre_acts: PreActs) -> bool:
         # The error bound isn't proven for other devices' products, nor needed for other dtypes.

@@ -1,11 +1,13 @@
 """The three sums over codes that everything after the encoder is made of.
 
 Each is an embedding bag: rows of a table, weighted and summed by bag, in a fixed order and
-without a (nnz, d_model) intermediate.
+without a (nnz, d_model) intermediate. Where codes are dense, as ReLU's are early in training, the
+same sums are matrix products, tile by tile.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from sae.codes import Codes, offsets_of_sorted
+
+# From these parts of all entries on, dense products are faster (docs/experiments.md): for bags'
+# sums, and for dot products.
+DENSE_SUMS = 0.4
+DENSE_DOTS = 0.15
+# A dense tile stays below this.
+TILE_BYTES = 2 * 2**20
 
 
 class FeatureOrder(NamedTuple):
@@ -68,6 +77,8 @@ def dot_by_entry(codes: Codes, rows: Tensor, table: Tensor) -> Tensor:
     """
     if codes.nnz == 0:
         return rows.new_empty(0)
+    if codes.nnz > DENSE_DOTS * len(rows) * len(table):
+        return _dots_by_tiles(codes, rows, table)
     dot: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         rows, table, codes.feature_ids, codes.offsets[:-1], codes.rows(), 0
     )
@@ -75,6 +86,40 @@ def dot_by_entry(codes: Codes, rows: Tensor, table: Tensor) -> Tensor:
 
 
 def _weighted_bags(ids: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    n_bags = offsets.numel() - 1
+    if ids.numel() > DENSE_SUMS * n_bags * len(table):
+        tiles = [
+            weights.new_zeros(n_bags_here, len(table)).index_put((bags, ids[part]), weights[part])
+            @ table
+            for part, bags, n_bags_here in _tiles(offsets, table)
+        ]
+        return torch.cat(tiles)
     return functional.embedding_bag(
         ids, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
     )
+
+
+def _dots_by_tiles(codes: Codes, rows: Tensor, table: Tensor) -> Tensor:
+    dots, start = [], 0
+    for part, bags, n_bags in _tiles(codes.offsets, table):
+        products = rows[start : start + n_bags] @ table.T
+        dots.append(products[bags, codes.feature_ids[part]])
+        start += n_bags
+    return torch.cat(dots)
+
+
+def _tiles(offsets: Tensor, table: Tensor) -> Iterator[tuple[slice, Tensor, int]]:
+    """Tiles of bags: the entries of each, their bags counted from the tile's first, and how many
+    bags it has."""
+    height = max(1, TILE_BYTES // (len(table) * table.element_size()))
+    n_bags = offsets.numel() - 1
+    for start in range(0, n_bags, height):
+        bounds = offsets[start : min(start + height, n_bags) + 1]
+        counts = bounds.diff()
+        part = slice(int(bounds[0]), int(bounds[-1]))
+        bags = torch.arange(len(counts), device=offsets.device)
+        yield (
+            part,
+            bags.repeat_interleave(counts, output_size=part.stop - part.start),
+            len(counts),
+        )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sae.codes import Codes, offsets_of_counts, offsets_of_sorted
+from sae.products import float32_products
 
 # Rows a tile: fewer starve the matrix product, more push its scores out of cache.
 TILE_ROWS = 512
@@ -43,7 +44,9 @@ class PreActs(NamedTuple):
         scores = self.x.new_empty(height, len(self.b))
         for start in range(0, len(self.x), max(height, 1)):
             x = self.x[start : start + height]
-            yield start, torch.addmm(self.b, x, self.W.T, out=scores[: len(x)])
+            with float32_products("ieee"):
+                torch.addmm(self.b, x, self.W.T, out=scores[: len(x)])
+            yield start, scores[: len(x)]
 
 
 class BatchChoice(NamedTuple):

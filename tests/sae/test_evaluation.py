@@ -51,7 +51,7 @@ class TinyModel:
         x[:, 0] *= 1000  # an attention sink
         return x
 
-    def logits(self, token_ids: Tensor) -> Tensor:
+    def logits(self, token_ids: Tensor, *, grad: bool = False) -> Tensor:
         x = self.stream(token_ids)
         if "mid" in self.edits:
             x = self.edits["mid"](x)

@@ -17,6 +17,8 @@
 namespace saebase {
 
 constexpr int64_t LANES = 16;
+// Table rows whose memory is asked for before it is used.
+constexpr int64_t AHEAD = 8;
 constexpr size_t LARGE_PAGE = size_t(2) << 20;
 
 // Ask for large pages: fresh small ones cost more than what is then written to them.
@@ -26,11 +28,22 @@ inline void ask_for_large_pages(void *start, size_t n_bytes) {
     if (first < last) madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);
 }
 
+// Move a table that is read at random to large pages, once; it keeps its address.
+inline void move_to_large_pages(const void *start, size_t n_bytes) {
+#ifdef MADV_COLLAPSE
+    auto first = (reinterpret_cast<uintptr_t>(start) + LARGE_PAGE - 1) & ~(LARGE_PAGE - 1);
+    auto last = (reinterpret_cast<uintptr_t>(start) + n_bytes) & ~(LARGE_PAGE - 1);
+    if (first < last) madvise(reinterpret_cast<void *>(first), last - first, MADV_COLLAPSE);
+#else
+    (void)start, (void)n_bytes;
+#endif
+}
+
 // Uninitialised memory, aligned to cache lines.
 template <typename T> class Buffer {
   public:
     explicit Buffer(size_t n) {
-        size_t align = n * sizeof(T) >= 2 * LARGE_PAGE ? LARGE_PAGE : 64;
+        size_t align = n * sizeof(T) >= LARGE_PAGE / 2 ? LARGE_PAGE : 64;
         size_t n_bytes = std::max<size_t>(align, (n * sizeof(T) + align - 1) / align * align);
         data_ = static_cast<T *>(std::aligned_alloc(align, n_bytes));
         if (!data_) throw std::bad_alloc();
@@ -72,44 +85,53 @@ inline void prefetch(const void *start, int64_t n_bytes) {
     for (int64_t i = 0; i < n_bytes; i += 64) _mm_prefetch(bytes + i, _MM_HINT_T1);
 }
 
-// out[0:n] = base - sum or + sum of weights[i] * table[ids[i]], entries added up in their order.
-// Columns are done WIDTH vectors at a time, in registers.
-template <int WIDTH, bool SUBTRACT>
-inline void weighted_columns(const float *base, const float *table, int64_t stride,
-                             const int64_t *ids, const float *weights, int64_t n_entries,
-                             float *out, __mmask16 lanes) {
+// Entries of a list of table rows, of which n are summed here; memory of those up to n_left is
+// asked for ahead of its use.
+struct Entries {
+    const int64_t *ids;
+    const float *weights;
+    int64_t n, n_left;
+};
+
+// out[0:WIDTH vectors] = sum of weights[i] * table[ids[i]], or base less that; entries are added up
+// in their order. IS_FIRST: of the passes over the columns.
+template <int WIDTH, bool SUBTRACT, bool IS_FIRST>
+inline void weighted_columns(const float *base, const float *table, int64_t d, int64_t column,
+                             const Entries &entries, float *out, __mmask16 lanes) {
     __m512 sums[WIDTH];
     for (int j = 0; j < WIDTH; ++j) sums[j] = _mm512_setzero_ps();
-    for (int64_t i = 0; i < n_entries; ++i) {
-        const float *row = table + ids[i] * stride;
-        if (i + 2 < n_entries) {
-            const float *later = table + ids[i + 2] * stride;
-            for (int j = 0; j < WIDTH; ++j)
-                _mm_prefetch(reinterpret_cast<const char *>(later + j * LANES), _MM_HINT_T0);
-        }
-        __m512 weight = _mm512_set1_ps(weights[i]);
+    for (int64_t i = 0; i < entries.n; ++i) {
+        if (IS_FIRST && i + AHEAD < entries.n_left)
+            prefetch(table + entries.ids[i + AHEAD] * d, d * 4);
+        const float *row = table + entries.ids[i] * d + column;
+        __m512 weight = _mm512_set1_ps(entries.weights[i]);
         for (int j = 0; j < WIDTH; ++j)
             sums[j] = _mm512_fmadd_ps(weight, _mm512_maskz_loadu_ps(lanes, row + j * LANES), sums[j]);
     }
     for (int j = 0; j < WIDTH; ++j) {
+        int64_t at = column + j * LANES;
         __m512 sum = sums[j];
-        if (SUBTRACT) sum = _mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, base + j * LANES), sum);
-        _mm512_mask_storeu_ps(out + j * LANES, lanes, sum);
+        if (SUBTRACT) sum = _mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, base + at), sum);
+        _mm512_mask_storeu_ps(out + at, lanes, sum);
     }
 }
 
 template <bool SUBTRACT>
-inline void weighted_sum(const float *base, const float *table, int64_t d, const int64_t *ids,
-                         const float *weights, int64_t n_entries, float *out) {
+inline void weighted_sum(const float *base, const float *table, int64_t d, const Entries &entries,
+                         float *out) {
+    constexpr int64_t WIDE = 12 * LANES;
     constexpr __mmask16 ALL = 0xffff;
     int64_t i = 0;
-    for (; i + 12 * LANES <= d; i += 12 * LANES)
-        weighted_columns<12, SUBTRACT>(base + i, table + i, d, ids, weights, n_entries, out + i, ALL);
+    if (d >= WIDE) {
+        weighted_columns<12, SUBTRACT, true>(base, table, d, 0, entries, out, ALL);
+        i = WIDE;
+    }
+    for (; i + WIDE <= d; i += WIDE)
+        weighted_columns<12, SUBTRACT, false>(base, table, d, i, entries, out, ALL);
     for (; i + 4 * LANES <= d; i += 4 * LANES)
-        weighted_columns<4, SUBTRACT>(base + i, table + i, d, ids, weights, n_entries, out + i, ALL);
+        weighted_columns<4, SUBTRACT, false>(base, table, d, i, entries, out, ALL);
     for (; i < d; i += LANES)
-        weighted_columns<1, SUBTRACT>(base + i, table + i, d, ids, weights, n_entries, out + i,
-                                      first_lanes(d - i));
+        weighted_columns<1, SUBTRACT, false>(base, table, d, i, entries, out, first_lanes(d - i));
 }
 
 }  // namespace saebase

@@ -10,10 +10,12 @@ namespace saebase {
 
 constexpr int64_t PANEL_VECTORS = PANEL / LANES;
 
-// Rows in 8 bits, by groups, with each row's cut and its candidates.
+// Rows in 8 bits, by groups, with each row's cut and its candidates. Its memory is used again for
+// one set of rows after the other.
 struct Block {
-    int64_t n_rows, d, capacity;
+    int64_t n_rows = 0, most_rows, d, capacity;
     std::vector<int64_t> rows;  // where they are in the batch
+    Buffer<int8_t> integers;    // [n_quads * 4], of one row
     Buffer<int8_t> packed;      // [groups, n_quads, ROW_GROUP, 4]
     Buffer<float> scale, norm, error, cut;  // error: with the float32 sums' own
     Buffer<int32_t> offset;                 // what storing 128 more added to each product
@@ -21,30 +23,40 @@ struct Block {
     Buffer<float> estimates;                // [n_rows, capacity + LANES]
     Buffer<int32_t> places;
 
-    Block(const float *x, std::vector<int64_t> which, int64_t d, int64_t capacity)
-        : n_rows(which.size()), d(d), capacity(capacity), rows(std::move(which)),
-          packed(padded() * n_quads() * 4), scale(padded()), norm(padded()), error(padded()),
-          cut(padded()), offset(padded()), count(padded()), estimates(padded() * stride()),
-          places(padded() * stride()) {
-        for (int64_t i = 0; i < padded(); ++i) pack(x, i);
+    Block(int64_t most_rows, int64_t d, int64_t capacity)
+        : most_rows(most_rows), d(d), capacity(capacity), integers(n_quads() * 4),
+          packed(padded(most_rows) * n_quads() * 4), scale(padded(most_rows)),
+          norm(padded(most_rows)), error(padded(most_rows)), cut(padded(most_rows)),
+          offset(padded(most_rows)), count(padded(most_rows)),
+          estimates(padded(most_rows) * stride()), places(padded(most_rows) * stride()) {}
+
+    void load(const float *x, const Channels &channels, const std::vector<int64_t> &which) {
+        rows = which, n_rows = which.size();
+        for (int64_t i = 0; i < padded(n_rows); ++i) pack(x, channels, i);
     }
-    int64_t padded() const { return (n_rows + ROW_GROUP - 1) / ROW_GROUP * ROW_GROUP; }
+    static int64_t padded(int64_t n) { return (n + ROW_GROUP - 1) / ROW_GROUP * ROW_GROUP; }
     int64_t n_quads() const { return (d + 3) / 4; }
     int64_t stride() const { return capacity + LANES; }
 
-    // The largest that the score of a feature estimated at place can be.
-    float upper(int64_t row, int64_t candidate, const Encoder &by) const {
-        int64_t place = places[row * stride() + candidate];
-        return estimates[row * stride() + candidate] + error[row] * by.norm[place] +
-               norm[row] * by.error[place];
+    const float *estimates_of(int64_t row) const { return estimates.get() + row * stride(); }
+    const int32_t *places_of(int64_t row) const { return places.get() + row * stride(); }
+
+    // How far a row's estimate of the feature at place can be from its score.
+    float slack(int64_t row, int64_t place, const Encoder &by) const {
+        return error[row] * by.norm[place] + norm[row] * by.error[place];
+    }
+    // The same of any feature.
+    float most_slack(int64_t row, const Encoder &by) const {
+        return error[row] * by.most_norm + norm[row] * by.most_error;
     }
 
   private:
-    void pack(const float *x, int64_t i) {
-        Buffer<int8_t> integers(n_quads() * 4);
+    void pack(const float *x, const Channels &channels, int64_t i) {
         std::fill(integers.get(), integers.get() + n_quads() * 4, int8_t(0));
         Rounded rounded{0, 0, 0, 0};
-        if (i < n_rows) rounded = round_to_int8(x + rows[i] * d, d, integers.get(), 0);
+        if (i < n_rows)
+            rounded =
+                round_to_int8(x + rows[i] * d, channels.of_rows.get(), d, integers.get(), 0);
         auto from = reinterpret_cast<const int32_t *>(integers.get());
         auto to = reinterpret_cast<int32_t *>(packed.get()) +
                   i / ROW_GROUP * n_quads() * ROW_GROUP + i % ROW_GROUP;
@@ -61,12 +73,14 @@ struct Scores {
     __m512i of[ROW_GROUP][PANEL_VECTORS];
 };
 
-inline __attribute__((always_inline)) void multiply(const uint8_t *features, const int8_t *rows,
-                                                    int64_t n_quads, Scores &scores) {
+// Not inlined: surrounded by other code, compilers run out of registers here.
+__attribute__((noinline)) inline void multiply(const uint8_t *features, const int8_t *rows,
+                                               int64_t n_quads, Scores &scores) {
+    __m512i sums[ROW_GROUP][PANEL_VECTORS];  // local, so that they stay in registers
 #pragma GCC unroll 8
     for (int i = 0; i < ROW_GROUP; ++i)
 #pragma GCC unroll 3
-        for (int j = 0; j < PANEL_VECTORS; ++j) scores.of[i][j] = _mm512_setzero_si512();
+        for (int j = 0; j < PANEL_VECTORS; ++j) sums[i][j] = _mm512_setzero_si512();
     auto quads = reinterpret_cast<const int32_t *>(rows);
     for (int64_t quad = 0; quad < n_quads; ++quad) {
         __m512i f[PANEL_VECTORS];
@@ -77,10 +91,14 @@ inline __attribute__((always_inline)) void multiply(const uint8_t *features, con
             __m512i row = _mm512_set1_epi32(quads[i]);
 #pragma GCC unroll 3
             for (int j = 0; j < PANEL_VECTORS; ++j)
-                scores.of[i][j] = _mm512_dpbusd_epi32(scores.of[i][j], f[j], row);
+                sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], f[j], row);
         }
         features += 4 * PANEL, quads += ROW_GROUP;
     }
+#pragma GCC unroll 8
+    for (int i = 0; i < ROW_GROUP; ++i)
+#pragma GCC unroll 3
+        for (int j = 0; j < PANEL_VECTORS; ++j) scores.of[i][j] = sums[i][j];
 }
 
 // Makes room among a row's candidates, given the fraction of features done; false if it can't.
@@ -96,15 +114,15 @@ inline void append(Block &block, int64_t row, __mmask16 chosen, __m512 estimate,
 }
 
 // Scores panels first to last - 1 and appends what may be above its row's cut.
-inline void find_candidates(Block &block, const Encoder &by, int64_t first, int64_t last,
+__attribute__((noinline)) inline void find_candidates(Block &block, const Encoder &by, int64_t first, int64_t last,
                             MakeRoom make_room, const void *context) {
     for (int64_t panel = first; panel < last; ++panel) {
         const uint8_t *features = by.packed.get() + panel * by.n_quads * PANEL * 4;
-        __m512 scale[PANEL_VECTORS], norm[PANEL_VECTORS], error[PANEL_VECTORS],
-            bias[PANEL_VECTORS];
-        for (int64_t group = 0; group < block.padded(); group += ROW_GROUP) {
+        for (int64_t group = 0; group < Block::padded(block.n_rows); group += ROW_GROUP) {
             Scores scores;
             multiply(features, block.packed.get() + group * by.n_quads * 4, by.n_quads, scores);
+            __m512 scale[PANEL_VECTORS], norm[PANEL_VECTORS], error[PANEL_VECTORS],
+                bias[PANEL_VECTORS];
             for (int j = 0; j < PANEL_VECTORS; ++j) {
                 int64_t place = panel * PANEL + j * LANES;
                 scale[j] = _mm512_load_ps(by.scale.get() + place);

@@ -6,7 +6,7 @@
 //
 //     |x . W - x' . W'|  <=  |x - x'| |W| + |x'| |W - W'|
 //
-// and a float32 sum of n products, in whatever order, is within n 2^-23 |x| |W| of its value. Both
+// where channels of both may be scaled beforehand (Channels), and a float32 sum of n products, in whatever order, is within n 2^-23 |x| |W| of its value. Both
 // are added up here, and rounded up by what computing them in float32 can lose.
 #pragma once
 
@@ -48,9 +48,37 @@ inline bool is_finite(const float *v, int64_t n) {
     return true;
 }
 
-// Writes n integers from -127 to 127, plus offset.
-inline Rounded round_to_int8(const float *v, int64_t n, int8_t *out, int offset) {
-    float most = largest(v, n);
+// Powers of two that balance channels: W is multiplied by them before it is rounded, x divided,
+// which changes no score, loses nothing, and keeps a few wide channels from setting every row's
+// scale. They only make bounds tighter, so a sample of rows is enough.
+struct Channels {
+    Buffer<float> of_encoder, of_rows;  // [d]
+
+    Channels(const float *x, int64_t n_rows, int64_t d) : of_encoder(d), of_rows(d) {
+        std::fill(of_encoder.get(), of_encoder.get() + d, 0.0f);
+        int64_t step = std::max<int64_t>(1, n_rows / 512);
+        for (int64_t row = 0; row < n_rows; row += step)
+            for (int64_t i = 0; i < d; ++i) of_encoder[i] += x[row * d + i] * x[row * d + i];
+        float most = largest(of_encoder.get(), d);
+        for (int64_t i = 0; i < d; ++i) {
+            float part = most > TINY ? std::max(of_encoder[i] / most, 0x1p-24f) : 1.0f;
+            float power = std::round(std::log2(part) / 4);
+            of_encoder[i] = std::exp2(power), of_rows[i] = std::exp2(-power);
+        }
+    }
+};
+
+// Writes n integers from -127 to 127, plus offset, of v times its channels' factors.
+inline Rounded round_to_int8(const float *v, const float *factors, int64_t n, int8_t *out,
+                             int offset) {
+    __m512 mosts = _mm512_setzero_ps();
+    for (int64_t i = 0; i < n; i += LANES) {
+        auto lanes = first_lanes(n - i);
+        __m512 part = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, v + i),
+                                    _mm512_maskz_loadu_ps(lanes, factors + i));
+        mosts = _mm512_max_ps(_mm512_abs_ps(part), mosts);
+    }
+    float most = _mm512_reduce_max_ps(mosts);
     if (!(most > TINY)) {
         std::fill(out, out + n, int8_t(offset));
         float size = 2 * TINY * std::sqrt(float(n));
@@ -62,7 +90,9 @@ inline Rounded round_to_int8(const float *v, int64_t n, int8_t *out, int offset)
     __m512i sum = _mm512_setzero_si512(), shift = _mm512_set1_epi32(offset);
     for (int64_t i = 0; i < n; i += LANES) {
         auto lanes = first_lanes(n - i);
-        __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, v + i), inverse);
+        __m512 balanced = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, v + i),
+                                        _mm512_maskz_loadu_ps(lanes, factors + i));
+        __m512 scaled = _mm512_mul_ps(balanced, inverse);
         __m512i whole = _mm512_cvtps_epi32(scaled);
         __m512 rest = _mm512_sub_ps(scaled, _mm512_cvtepi32_ps(whole));
         error = _mm512_fmadd_ps(rest, rest, error);
@@ -85,24 +115,22 @@ struct Encoder {
     Buffer<uint16_t> low;    // [n_features, d] bfloat16
     // [n_panels * PANEL], as packed. bias: less the threshold, plus slack: what rounding can lose.
     Buffer<float> scale, norm, error, bias, slack;
-    Buffer<float> low_error;                 // [n_features]: norm of W - low
+    Buffer<float> low_error;  // [n_panels * PANEL]: norm of W - low
+    float most_norm = 0, most_error = 0;
 
     Encoder(int64_t n_features, int64_t d)
         : n_features(n_features), d(d), n_panels((n_features + PANEL - 1) / PANEL),
           n_quads((d + 3) / 4), packed(n_panels * n_quads * PANEL * 4), low(n_features * d),
           scale(n_panels * PANEL), norm(n_panels * PANEL), error(n_panels * PANEL),
-          bias(n_panels * PANEL), slack(n_panels * PANEL), low_error(n_features) {}
+          bias(n_panels * PANEL), slack(n_panels * PANEL), low_error(n_panels * PANEL) {}
 
     int64_t feature_at(int64_t place) const {
         return (place % PANEL) * n_panels + place / PANEL;
     }
-    int64_t place_of(int64_t feature) const {
-        return (feature % n_panels) * PANEL + feature / n_panels;
-    }
 };
 
-// Norm of w - low, at least.
-inline float round_to_bfloat16(const float *w, int64_t n, uint16_t *low) {
+// Norm of w - low, times its channels' factors, at least.
+inline float round_to_bfloat16(const float *w, const float *factors, int64_t n, uint16_t *low) {
     __m512 square = _mm512_setzero_ps();
     for (int64_t i = 0; i < n; i += LANES) {
         auto lanes = first_lanes(n - i);
@@ -112,7 +140,8 @@ inline float round_to_bfloat16(const float *w, int64_t n, uint16_t *low) {
         __m512i half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd);
         __m512i high = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
         __m512 rounded = _mm512_castsi512_ps(_mm512_slli_epi32(high, 16));
-        __m512 rest = _mm512_sub_ps(value, rounded);
+        __m512 rest = _mm512_mul_ps(_mm512_sub_ps(value, rounded),
+                                    _mm512_maskz_loadu_ps(lanes, factors + i));
         square = _mm512_fmadd_ps(rest, rest, square);
         _mm256_mask_storeu_epi16(low + i, lanes, _mm512_cvtepi32_epi16(high));
     }
@@ -122,8 +151,9 @@ inline float round_to_bfloat16(const float *w, int64_t n, uint16_t *low) {
 
 // thresholds: of each feature, that many apart (0: one for all); null if there are none.
 // Returns: false if something is too large, or no number at all.
-inline bool pack(Encoder &to, const float *W, const float *b, const float *thresholds,
-                 int64_t threshold_stride, int64_t n_threads) {
+inline bool pack(Encoder &to, const Channels &channels, const float *W, const float *b,
+                 const float *thresholds, int64_t threshold_stride, int64_t n_threads) {
+    const float *factors = channels.of_encoder.get();
     bool is_fine = true;
 #pragma omp parallel for schedule(dynamic, 8) num_threads(int(n_threads)) reduction(&& : is_fine)
     for (int64_t panel = 0; panel < to.n_panels; ++panel) {
@@ -138,8 +168,9 @@ inline bool pack(Encoder &to, const float *W, const float *b, const float *thres
                 is_fine = is_fine && is_finite(w, to.d) && is_finite(b + feature, 1) &&
                           is_finite(&threshold, 1);
                 // int8_t(q + 128) has the bits of uint8_t(q + 128).
-                Rounded rounded = round_to_int8(w, to.d, integers.get(), 128);
-                to.low_error[feature] = round_to_bfloat16(w, to.d, to.low.get() + feature * to.d);
+                Rounded rounded = round_to_int8(w, factors, to.d, integers.get(), 128);
+                to.low_error[place] = 
+                    round_to_bfloat16(w, factors, to.d, to.low.get() + feature * to.d);
                 to.scale[place] = rounded.scale, to.norm[place] = rounded.norm;
                 to.error[place] = rounded.error;
                 to.slack[place] = (std::abs(b[feature]) + std::abs(threshold)) * 0x1p-21f + 1e-36f;
@@ -152,6 +183,8 @@ inline bool pack(Encoder &to, const float *W, const float *b, const float *thres
             for (int64_t quad = 0; quad < to.n_quads; ++quad) quads[quad * PANEL + lane] = from[quad];
         }
     }
+    to.most_norm = *std::max_element(to.norm.get(), to.norm.get() + to.n_panels * PANEL);
+    to.most_error = *std::max_element(to.error.get(), to.error.get() + to.n_panels * PANEL);
     return is_fine;
 }
 
