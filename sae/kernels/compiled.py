@@ -70,7 +70,7 @@ class CompiledKernels(Kernels):
         error, dots = torch.empty_like(target), torch.empty_like(codes.acts)
         squares = target.new_empty(codes.n_rows, dtype=torch.float64)
         entries = _in_rows(codes)
-        _call("sae_reconstruct", *entries, target, table, table.shape[1], error, squares, dots)
+        _call("sae_reconstruct", *entries, target, table, *table.shape, error, squares, dots)
         return Reconstructed(error, squares.sum().float(), dots)
 
     def sum_by_feature(self, codes: Codes, weights: Tensor, rows: Tensor, d_sae: int) -> Tensor:

@@ -36,6 +36,7 @@ def missing() -> str | None:
     try:
         load()
     except Unavailable as error:
+        log.info("the compiled kernels can't be used: %s", error)
         return str(error)
     return None
 

@@ -105,7 +105,7 @@ def group_maxima(
 ):  # fmt: skip
     """Every STRIDE-th feature's score, SIZE of them told by their maximum.
 
-    maxima: [batch, n_groups]. What fills no group at the sample's end is left out.
+    maxima: [batch, n_groups]. The last n_sampled % SIZE of the sample fill no group: left out.
     """
     row_tile, tile = _program_tile(tl.cdiv(n_rows, BM), tl.cdiv(n_sampled, BN), GROUP)
     rows, sampled = row_tile * BM + tl.arange(0, BM), tile * BN + tl.arange(0, BN)

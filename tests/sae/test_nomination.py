@@ -12,7 +12,11 @@ from torch import Tensor
 import sae.kernels.nomination
 from sae import BatchTopKConfig, ConfigError, TensorSource, TopKConfig, TrainConfig, train
 from sae.codes import Codes
-from sae.kernels.nomination import estimate, nominated_top_k_of_rows, nominated_top_of_batch
+from sae.kernels.nomination import (
+    estimate,
+    nominated_above_threshold,
+    nominated_top_k_of_rows,
+)
 from sae.kernels.selection import PreActs, top_k_of_rows, top_of_batch
 from sae.schedule import resolve
 
@@ -61,7 +65,9 @@ def test_top_k_is_that_of_float32(spread: float) -> None:
 def test_top_of_batch_is_that_of_float32(spread: float, guess: float) -> None:
     pre_acts = make(spread)
     expected = top_of_batch(pre_acts, K * BATCH, 0.0)
-    found = nominated_top_of_batch(pre_acts, K * BATCH, guess * float(expected.smallest))
+    found = top_of_batch(
+        pre_acts, K * BATCH, guess * float(expected.smallest), nominated_above_threshold
+    )
     assert same_choice(expected.codes, found.codes)
     assert float(found.smallest) == pytest.approx(float(expected.smallest), rel=1e-5)
 
@@ -99,5 +105,5 @@ def test_training_reaches_the_same_loss(
 
 def test_nominating_elsewhere_than_on_the_cpu_is_refused() -> None:
     config = TrainConfig(nominate_in="bfloat16", device="cuda", batch_size=10)
-    with pytest.raises(ConfigError, match="is for the CPU, but device is 'cuda'"):
+    with pytest.raises(ConfigError, match="is not for kernels"):
         resolve(config, TopKConfig(d_sae=4, k=1), TensorSource(torch.randn(50, 4)), "layer")

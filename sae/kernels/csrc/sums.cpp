@@ -7,10 +7,12 @@ using namespace saebase;
 // error = target - decoded; squares[row] = |error|^2; dots[entry] = error[row] . table[id].
 // A row's table rows are read from memory once: the second time they lie in cache.
 EXPORT void sae_reconstruct(const float *acts, const int64_t *ids, const int64_t *offsets,
-                            int64_t n_rows, const float *target, const float *table, int64_t d,
-                            float *error, double *squares, float *dots, int64_t n_threads) {
+                            int64_t n_rows, const float *target, const float *table,
+                            int64_t n_features, int64_t d, float *error, double *squares,
+                            float *dots, int64_t n_threads) {
     int64_t total = offsets[n_rows];
     ask_for_large_pages(error, n_rows * d * 4);
+    move_to_large_pages(table, n_features * d * 4);
 #pragma omp parallel for schedule(dynamic, 16) num_threads(int(n_threads))
     for (int64_t row = 0; row < n_rows; ++row) {
         int64_t first = offsets[row], n = offsets[row + 1] - first;
