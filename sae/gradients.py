@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sae.codes import Codes
-from sae.kernels import Kernels
+from sae.kernels import Kernels, PreActs
 from sae.kernels.selection import TILE_ROWS
 from sae.products import float32_products
 
@@ -109,19 +109,40 @@ def add_auxk_(
     weights: Weights,
     auxk: AuxK,
     scale: float,
+    kernels: Kernels,
 ) -> Tensor:
     """Add AuxK's gradients of W_enc, W_dec and b_enc in place; return its loss.
 
-    Dead features are active in no row, so the problem is a small dense one on their columns.
+    Dead features are active in no row, so the problem is a small one on their columns alone: dense
+    where each row takes many of them.
     """
     dead = auxk.dead_ids
     W_enc, W_dec, b_enc = weights.W_enc[dead], weights.W_dec[dead], weights.b_enc[dead]
-    grads = [torch.zeros_like(W_enc), torch.zeros_like(W_dec), torch.zeros_like(b_enc)]
     factor = auxk.coefficient * min(1.0, len(dead) / auxk.k) * scale
+    if auxk.k < kernels.sparse_below * len(dead):
+        codes = kernels.top_k_of_rows(PreActs(x_centred, W_enc, b_enc), auxk.k)
+        found = kernels.reconstruct(codes, error, W_dec)
+        of_acts, of_rows = found.dots * (-2 * factor), codes.acts * (-2 * factor)
+        sums = kernels.feature_sums(codes, of_acts, x_centred, of_rows, found.error, len(dead))
+        parts, loss = [*sums[:3]], found.squared_error * factor
+    else:
+        parts, loss = _dense_auxk(x_centred, error, (W_enc, W_dec, b_enc), auxk.k, factor)
+    for total, part in zip((gradients.W_enc, gradients.W_dec, gradients.b_enc), parts, strict=True):
+        total.index_add_(0, dead, part.to(total.dtype))
+    return loss
+
+
+def _dense_auxk(
+    x_centred: Tensor, error: Tensor, dead: tuple[Tensor, Tensor, Tensor], k: int, factor: float
+) -> tuple[list[Tensor], Tensor]:
+    """The same by products with the dead features' W_enc, W_dec and b_enc, tile by tile: their
+    gradients, and the loss."""
+    W_enc, W_dec, b_enc = dead
+    grads = [torch.zeros_like(W_enc), torch.zeros_like(W_dec), torch.zeros_like(b_enc)]
     loss = error.new_zeros(())
     with float32_products("tf32"):
         for x, target in zip(x_centred.split(TILE_ROWS), error.split(TILE_ROWS), strict=True):
-            acts = _largest_of_rows(torch.addmm(b_enc, x, W_enc.T), auxk.k)  # [tile, n_dead]
+            acts = _largest_of_rows(torch.addmm(b_enc, x, W_enc.T), k)  # [tile, n_dead]
             left_over = torch.addmm(target, acts, W_dec, alpha=-1)  # e - e_hat
             loss += left_over.square().sum() * factor
             grad_e_hat = left_over * (-2 * factor)
@@ -129,15 +150,14 @@ def add_auxk_(
             grads[0].addmm_(grad_pre_acts.T, x)
             grads[1].addmm_(acts.T, grad_e_hat)
             grads[2] += grad_pre_acts.sum(0)
-    for total, part in zip((gradients.W_enc, gradients.W_dec, gradients.b_enc), grads, strict=True):
-        total.index_add_(0, dead, part.to(total.dtype))
-    return loss
+    return grads, loss
 
 
 def _largest_of_rows(pre_acts: Tensor, k: int) -> Tensor:
     """Positive pre_acts [batch, n] with all but the k largest of each row set to zero."""
     acts = pre_acts.relu()
-    if k >= acts.shape[1]:
-        return acts
-    values, ids = acts.topk(k, dim=1, sorted=False)
-    return torch.zeros_like(acts).scatter_(1, ids, values)
+    rows = ((acts > 0).sum(1) > k).nonzero().squeeze(1)
+    if len(rows):
+        values, ids = acts[rows].topk(k, dim=1, sorted=False)
+        acts[rows] = torch.zeros_like(acts[rows]).scatter_(1, ids, values)
+    return acts

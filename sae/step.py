@@ -59,7 +59,7 @@ def step_of(
     aux_loss = found.loss.new_zeros(())
     if auxk is not None and len(auxk.dead_ids):
         of_products = of_products - gradients.b_enc
-        aux_loss = add_auxk_(gradients, at.x, found.error, at.weights, auxk, at.scale)
+        aux_loss = add_auxk_(gradients, at.x, found.error, at.weights, auxk, at.scale, at.kernels)
         of_products = of_products + gradients.b_enc
     pull = found.pulls if found.pulls.dim() == 2 else found.pulls[:, 0]
     grad_y_hat = pull * (-2 * at.scale)

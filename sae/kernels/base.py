@@ -71,6 +71,8 @@ class Kernels:
     """
 
     name: ClassVar[str] = "torch"
+    # Part of all features up to which codes are faster than dense matrix products.
+    sparse_below: ClassVar[float] = 0.1
 
     def __init__(self, nominates_in: str = "float32") -> None:
         self.nominates_in = nominates_in

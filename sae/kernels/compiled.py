@@ -15,6 +15,7 @@ from torch import Tensor
 from sae.codes import Codes
 from sae.kernels import library
 from sae.kernels.base import AdamStep, FeatureSums, Kernels, Reconstructed
+from sae.kernels.embedding_bags import DENSE_SUMS
 from sae.kernels.selection import PreActs
 
 # Integers of that many products of 8 bits still fit 32.
@@ -25,6 +26,7 @@ class CompiledKernels(Kernels):
     """nominates_in: "int8", or what plain torch has."""
 
     name: ClassVar[str] = "compiled"
+    sparse_below: ClassVar[float] = 0.2
 
     @classmethod
     def missing(cls, device: torch.device) -> str | None:
@@ -49,7 +51,7 @@ class CompiledKernels(Kernels):
 
     def sum_by_row(self, codes: Codes, table: Tensor) -> Tensor:
         """See Kernels."""
-        if not _are_plain(codes.acts, table):
+        if _is_dense(codes, len(table)) or not _are_plain(codes.acts, table):
             return super().sum_by_row(codes, table)
         out = table.new_empty(codes.n_rows, table.shape[1])
         _call("sae_sum_by_row", *_in_rows(codes), table, table.shape[1], out)
@@ -57,7 +59,7 @@ class CompiledKernels(Kernels):
 
     def dot_by_entry(self, codes: Codes, rows: Tensor, table: Tensor) -> Tensor:
         """See Kernels."""
-        if not _are_plain(rows, table):
+        if _is_dense(codes, len(table)) or not _are_plain(rows, table):
             return super().dot_by_entry(codes, rows, table)
         dots = rows.new_empty(codes.nnz)
         _call("sae_dot_by_entry", *_in_rows(codes)[1:], rows, table, table.shape[1], dots)
@@ -65,7 +67,7 @@ class CompiledKernels(Kernels):
 
     def reconstruct(self, codes: Codes, target: Tensor, table: Tensor) -> Reconstructed:
         """See Kernels."""
-        if not _are_plain(codes.acts, target, table):
+        if _is_dense(codes, len(table)) or not _are_plain(codes.acts, target, table):
             return super().reconstruct(codes, target, table)
         error, dots = torch.empty_like(target), torch.empty_like(codes.acts)
         squares = target.new_empty(codes.n_rows, dtype=torch.float64)
@@ -75,7 +77,7 @@ class CompiledKernels(Kernels):
 
     def sum_by_feature(self, codes: Codes, weights: Tensor, rows: Tensor, d_sae: int) -> Tensor:
         """See Kernels."""
-        if not _are_plain(weights, rows):
+        if _is_dense(codes, d_sae) or not _are_plain(weights, rows):
             return super().sum_by_feature(codes, weights, rows, d_sae)
         return _sum_by_feature(_sorted(codes, d_sae), weights, rows)
 
@@ -89,7 +91,8 @@ class CompiledKernels(Kernels):
         d_sae: int,
     ) -> FeatureSums:
         """See Kernels."""
-        if not _are_plain(input_weights, inputs, error_weights, errors):
+        tensors = input_weights, inputs, error_weights, errors
+        if _is_dense(codes, d_sae) or not _are_plain(*tensors):
             return super().feature_sums(codes, input_weights, inputs, error_weights, errors, d_sae)
         places = _sorted(codes, d_sae)
         totals = inputs.new_empty(d_sae)
@@ -166,6 +169,11 @@ def _sum_by_feature(
 
 def _in_rows(codes: Codes) -> tuple[Tensor, Tensor, Tensor, int]:
     return codes.acts, codes.feature_ids, codes.offsets, codes.n_rows
+
+
+def _is_dense(codes: Codes, n_features: int) -> bool:
+    """Whether plain torch's matrix products are faster."""
+    return codes.nnz > DENSE_SUMS * codes.n_rows * n_features
 
 
 def _are_plain(*tensors: Tensor) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sae import ConfigError
 from sae.codes import Codes
+from sae.gradients import AuxK, Weights, add_auxk_
 from sae.kernels import AdamStep, CompiledKernels, Kernels, PreActs, kernels_of, library
 from sae.kernels.selection import above_threshold, top_k_of_rows
 
@@ -358,3 +359,23 @@ def _build_again(folder: Path) -> str | None:
 
 def test_a_gpu_is_told_that_these_are_for_the_cpu() -> None:
     assert CompiledKernels.missing(torch.device("cuda")) == "they are for the CPU"
+
+
+@pytest.mark.parametrize("k", [7, 150])
+@pytest.mark.parametrize("tier", [Kernels, CompiledKernels])
+def test_auxk_on_codes_is_auxk_on_dense_acts(
+    tier: type[Kernels], k: int, kernels: CompiledKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, W_enc, b_enc = make(Case(n_rows=600, d=24, d_sae=300))
+    error, dead = torch.randn(600, 24), torch.arange(50, 250)
+    weights = Weights(W_enc, torch.randn(300, 24), b_enc, torch.zeros(24))
+    found = []
+    for part in (0.0, 2.0):  # densely, and on codes
+        monkeypatch.setattr(tier, "sparse_below", part)
+        gradients = Weights(*(torch.ones_like(each) for each in weights))
+        ours = tier("int8" if tier is CompiledKernels else "float32")
+        loss = add_auxk_(gradients, x, error, weights, AuxK(dead, k, 1 / 32), 0.1, ours)
+        found.append((loss, *gradients))
+    for dense, on_codes in zip(*found, strict=True):
+        assert_close(on_codes, dense.double())
+    assert float(found[0][1][60].abs().max()) > 1
