@@ -1,6 +1,6 @@
 # Every target makes .venv when it is missing or when what it was made from has changed.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu faults lint format types check clean
+.PHONY: help demo test test-slow test-gpu test-triton faults lint format types check clean
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -28,6 +28,18 @@ test-slow: $(STAMP)  ## the tests that take longer
 
 test-gpu: $(STAMP)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest tests/sae/test_triton_kernels.py
+
+# Triton takes a gigabyte that CPU torch comes without: an environment of its own.
+.venv-triton/.installed: constraints.txt
+	$(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check --no-deps 'triton==3.9.0'
+	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt numpy pydantic safetensors einops pytest pytest-timeout
+	@touch $@
+
+test-triton: .venv-triton/.installed  ## the CUDA kernels without a GPU: interpreted, and compiled
+	.venv-triton/bin/python -m pytest --noconftest tests/sae/test_triton_kernels.py
 
 faults: $(STAMP)  ## kills, failing calls, flipped bits, full disks: under ten minutes on two cores
 	$(BIN)/python -m tests.faults $(if $(SEED),--seed $(SEED))
@@ -44,4 +56,4 @@ types: $(STAMP)  ## mypy
 check: lint types test  ## all that CI runs
 
 clean:  ## remove the environment and what the demo made
-	rm -rf .venv demo
+	rm -rf .venv .venv-triton demo

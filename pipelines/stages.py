@@ -31,6 +31,7 @@ from sae import (
 from sae.evaluating import LabelledRows
 from sae.storage import read_description
 
+from .baseline_runs import BaselineRun
 from .config import PipelineConfig
 from .errors import PipelineError
 from .probe_labels import probe_labels
@@ -157,6 +158,7 @@ def evaluate_stage(
     config: EvalConfig,
     trackers: Sequence[Tracker] = (),
     other_seeds: Sequence[Path] = (),
+    baselines: Sequence[BaselineRun] = (),
 ) -> Report:
     """SAE -> report.json beside it: reconstruction, cross-entropies, baselines; where asked for,
     probes of labels (made with the model's tokenizer) and likeness to SAEs of other seeds.
@@ -170,16 +172,19 @@ def evaluate_stage(
         "weights_sha256": read_description(folder)["weights_sha256"],
         "with_model": load_lm is not None,
         "other_seeds": [read_description(other)["weights_sha256"] for other in other_seeds],
+        "baselines": [each.identity() for each in baselines],
         "config": config.model_dump(mode="json"),
     }
     report = _report_at(folder / REPORT)
     if report is None or report.made_from != made_from:
+        lm = load_lm() if load_lm else None
         with console.status("evaluating"):
             found = evaluate(
                 sae,
                 acts,
-                load_lm() if load_lm else None,
+                lm,
                 config,
+                baselines=[each.measured(acts, lm, config) for each in baselines],
                 other_seeds=[SAE.load(other) for other in other_seeds],
                 labelled=_labelled(sae, acts, load_lm, config),
             )

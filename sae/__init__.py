@@ -10,7 +10,15 @@ Nothing here knows about language models: activations come from an ActivationSou
 to splice reconstructions into is a SplicedModel.
 """
 
-from sae.architectures import BatchTopKConfig, TopKConfig
+from sae.architectures import (
+    BatchTopKConfig,
+    GatedConfig,
+    HierarchicalTopKConfig,
+    JumpReLUConfig,
+    MatryoshkaConfig,
+    ReLUConfig,
+    TopKConfig,
+)
 from sae.autoencoder import SAE, Origin
 from sae.codes import Codes
 from sae.config import EvalConfig, SAEConfig, TrainConfig
@@ -18,11 +26,13 @@ from sae.errors import (
     CheckpointError,
     ConfigError,
     CorruptFileError,
+    DivergedError,
     FormatError,
     MissingFileError,
     NewerFormatError,
     NonFiniteError,
     ResumeMismatchError,
+    RunInUseError,
     SAEError,
     SourceError,
     StorageError,
@@ -40,8 +50,15 @@ from sae.evaluating import (
 from sae.finetuning import FinetuneResult, finetune
 from sae.finetuning_state import FinetuneConfig, FinetuneMetrics
 from sae.metrics import Metrics, fvu
-from sae.sources import ActivationSource, SplicedModel, TensorSource, TokenBlock
-from sae.training import RunResult, train
+from sae.sources import (
+    ActivationSource,
+    PairedTensors,
+    SplicedModel,
+    TensorSource,
+    TokenBlock,
+)
+from sae.training import RunResult, RunSpec, train, train_many
+from sae.wiring import Wiring, crosscoder, transcoder
 
 __all__ = [
     "SAE",
@@ -53,20 +70,29 @@ __all__ = [
     "ConfigError",
     "CorruptFileError",
     "CrossEntropy",
+    "DivergedError",
     "EvalConfig",
     "FinetuneConfig",
     "FinetuneMetrics",
     "FinetuneResult",
     "FormatError",
+    "GatedConfig",
+    "HierarchicalTopKConfig",
+    "JumpReLUConfig",
+    "MatryoshkaConfig",
     "Metrics",
     "MissingFileError",
     "NewerFormatError",
     "NonFiniteError",
     "Origin",
+    "PairedTensors",
+    "ReLUConfig",
     "Reconstruction",
     "Report",
     "ResumeMismatchError",
+    "RunInUseError",
     "RunResult",
+    "RunSpec",
     "SAEConfig",
     "SAEError",
     "SourceError",
@@ -78,9 +104,13 @@ __all__ = [
     "TrainConfig",
     "TrainingError",
     "TrainingStoppedError",
+    "Wiring",
     "baseline_of",
+    "crosscoder",
     "evaluate",
     "finetune",
     "fvu",
     "train",
+    "train_many",
+    "transcoder",
 ]

@@ -35,7 +35,7 @@ def resolve(
         raise ConfigError(
             "a stream of activations has no length: say how long to train, with n_tokens or n_steps"
         )
-    _require_alignable(config, source, wiring)
+    _require_alignable(config, wiring)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     n_tokens = config.n_tokens or (n_rows or 0) // config.batch_size * config.batch_size
     n_steps = config.n_steps or math.ceil(n_tokens / config.batch_size)
@@ -68,13 +68,12 @@ def _n_rows(source: ActivationSource, wiring: Wiring, batch_size: int) -> int | 
     return n_rows
 
 
-def _require_alignable(config: TrainConfig, source: ActivationSource, wiring: Wiring) -> None:
-    """Raises: ConfigError if encoder and decoder are to be aligned but differ in width."""
-    d_in, d_out = (sum(widths(source, each)) for each in (wiring.reads, wiring.writes))
-    if config.aligned and d_in != d_out:
+def _require_alignable(config: TrainConfig, wiring: Wiring) -> None:
+    """Raises: ConfigError if encoder and decoder are to be aligned but see different places."""
+    if config.aligned and not wiring.is_tied:
         raise ConfigError(
-            f"aligned=True needs an encoder as wide as the decoder; {wiring.name} has {d_in} and "
-            f"{d_out}. Leave it out"
+            f"aligned=True holds a feature's encoder to its decoder, but {wiring.name} has them at "
+            "different places; leave it out"
         )
 
 

@@ -102,6 +102,7 @@ def train_many(
     with ExitStack() as stack:
         for folder in folders:
             stack.enter_context(folder.locked())
+        Team().wait()  # the first process may still have been writing what all read now
         if not resume:
             for folder in folders:
                 folder.clear()

@@ -19,7 +19,7 @@ from sae.constraints import (
     align_,
     align_gradients_,
 )
-from sae.errors import DivergedError, NonFiniteError
+from sae.errors import DivergedError, NonFiniteError, TrainingError
 from sae.gradients import AuxK, Weights
 from sae.initialisation import InputStatistics, initial_sae
 from sae.kernels import kernels_of
@@ -123,14 +123,17 @@ class TrainingState:
     def advance(self, batch: Batch) -> StepReport | None:
         """One step on raw activations; None if it was skipped for NaN or Inf.
 
-        Raises: NonFiniteError after max_skipped_batches of these in a row; DivergedError.
+        Raises: NonFiniteError or DivergedError after max_skipped_batches of these in a row;
+        DivergedError if the loss is beyond hope.
         """
         lr = learning_rate(self.config, self.counters.step)
         batch = batch.to(self.sae.b_dec.device)
         x = self.normalisation.inputs(batch.x)
         y = x if batch.y is batch.x else self.normalisation.outputs(batch.y)
         if self.team.any(not (x.sum() + y.sum()).isfinite()):
-            self._skip_()
+            self._skip_(
+                NonFiniteError, "held NaN or Inf; look at the activations (float16 overflows)"
+            )
             return None
         n_rows = round(self.team.sum(len(x)))
         at = self._moment(x, y, n_rows)
@@ -144,9 +147,11 @@ class TrainingState:
         )
         grad_norm = self._prepare_(step.gradients)
         if not grad_norm.isfinite():
-            self._skip_()
+            self._skip_(
+                DivergedError, f"had no finite gradient: the loss is {float(step.loss):.3g}"
+            )
             return None
-        self._require_sane(float(step.loss), lr)
+        self._require_sane(float(step.loss))
         l0 = float(step.n_active.sum()) / n_rows
         self._apply_(step, lr, float(grad_norm), n_rows, l0)
         step = step._replace(gradients={})  # which a report would keep alive through the next step
@@ -272,7 +277,7 @@ class TrainingState:
         counters.step += 1
         self.is_between_steps = True
 
-    def _require_sane(self, loss: float, lr: float) -> None:
+    def _require_sane(self, loss: float) -> None:
         """Raises: DivergedError if the loss has grown beyond hope."""
         counters = self.counters
         if counters.first_loss is None:
@@ -280,20 +285,27 @@ class TrainingState:
         if loss > DIVERGED * max(counters.first_loss, 1.0):
             raise DivergedError(
                 f"training diverged at step {counters.step}: the loss is {loss:.3g}, after "
-                f"{counters.first_loss:.3g} at the first step; lower lr={lr:.3g}, or raise "
-                "warmup_steps"
+                f"{counters.first_loss:.3g} at the first step; {self._way_out}"
             )
 
-    def _skip_(self) -> None:
+    @property
+    def _way_out(self) -> str:
+        return (
+            f"lower lr={self.config.lr:.3g}, or raise warmup_steps, and start over with "
+            "resume=False"
+        )
+
+    def _skip_(self, error: type[TrainingError], what: str) -> None:
+        """Count a batch as skipped. Raises: error, if too many were, of which what is said."""
         counters = self.counters
         counters.step += 1
         counters.n_skipped += 1
         counters.n_skipped_in_a_row += 1
         if counters.n_skipped_in_a_row >= self.config.max_skipped_batches:
-            raise NonFiniteError(
+            way_out = f"; {self._way_out}" if error is DivergedError else ""
+            raise error(
                 f"{counters.n_skipped_in_a_row} batches in a row, up to step {counters.step}, "
-                "held NaN or Inf, or made the gradient so; look at the activations (float16 "
-                "overflows), or lower lr"
+                f"{what}{way_out}"
             )
 
 

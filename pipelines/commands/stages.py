@@ -12,6 +12,7 @@ from feature_db import IndexConfig
 from sae import EvalConfig
 
 from .. import stages
+from ..baseline_runs import BaselineRun
 from ..cli import app, console
 from ..ranks import place_among_ranks
 from .arguments import (
@@ -107,6 +108,15 @@ def evaluate(
             help="Folders of SAEs that differ in their seed: how far are the features the same?",
         ),
     ] = None,
+    baselines: Annotated[
+        list[str] | None,
+        Parameter(
+            consume_multiple=True,
+            negative=(),
+            help="NAME=FOLDER of SAEs to set beside it, such as one with a frozen decoder; "
+            "NAME=FOLDER@ACTS of one on activations of its own, such as a random model's.",
+        ),
+    ] = None,
     settings: Annotated[EvalConfig, Fields] = EvalConfig(),  # noqa: B008
 ) -> None:
     """Measure an SAE on held-out documents, beside an untrained SAE and PCA.
@@ -115,7 +125,15 @@ def evaluate(
     """
     cache = ActivationCache.open(acts)
     load_lm = stages.model_of_cache(cache, device, dtype, console) if with_model else None
-    stages.evaluate_stage(console, sae, cache, load_lm, settings, other_seeds=other_seeds or ())
+    stages.evaluate_stage(
+        console,
+        sae,
+        cache,
+        load_lm,
+        settings,
+        other_seeds=other_seeds or (),
+        baselines=[BaselineRun.parse(each) for each in baselines or ()],
+    )
     _next(f"saebase index {quote(str(sae))} --acts {quote(acts)}")
 
 

@@ -48,7 +48,8 @@ class HierarchicalTopK(TopK):
         x_hat_j = (the j largest acts of a row) @ W_dec + b_dec
         loss    = mean over j in ks of |x - x_hat_j|^2
 
-    The trained SAE may be cut to any k: `sae.config.model_copy(update={"k": 8})`.
+    The trained SAE may be cut to any k:
+    `sae.config = HierarchicalTopKConfig(d_sae=sae.d_sae, k=8)`.
     Source: Balagansky et al. 2025, arXiv 2505.24473, with all j from 1 to k.
     """
 

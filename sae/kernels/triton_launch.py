@@ -72,7 +72,8 @@ def _decode(
         triton_sums.decode_rows[programs(codes.n_rows, triton.cdiv(d, width))](
             codes.acts, codes.feature_ids, codes.offsets, table,
             out if target is None else target, out, squares, parts, codes.n_rows, codes.nnz, d,
-            ROWS=ROWS, ENTRIES=ENTRIES, COLUMNS=width, COMPARE=target is not None, num_warps=_warps(width),
+            ROWS=ROWS, ENTRIES=ENTRIES, COLUMNS=width, COMPARE=target is not None,
+            num_warps=_warps(width),
         )  # fmt: skip
 
 

@@ -9,7 +9,8 @@ range). A score s = x . W_i + b_i and its estimate s', added up in float32, diff
 by Cauchy and Schwarz, with the norms measured and not bounded. d 2^-22 is for sums: a tensor core
 adds 16 products to an accumulator, each aligned to the largest and cut to 23 fraction bits or more
 (Fasi et al. 2021, PeerJ CS 7:e330), so its error is at most 17/16 d 2^-23 |x| |W_i|; what is left
-of the term covers the float32 score itself, whose sums are blocked. tests/test_gpu.py measures both.
+of the term covers the float32 score itself, whose sums are blocked. On a GPU the tests of the
+kernels hold scores to this bound.
 
 What may be above a threshold, s' plus its error, is appended to the row's list. Atomic counters
 hand out the places, so a list's order is open: it is sorted before use, and all that depends on
@@ -102,9 +103,9 @@ def group_maxima(
     STRIDE: tl.constexpr, SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Every STRIDE-th feature's score, SIZE of them told by their maximum: maxima [batch, n_groups].
+    """Every STRIDE-th feature's score, SIZE of them told by their maximum.
 
-    The last n_sampled % SIZE of the sample, which fill no group, are left out.
+    maxima: [batch, n_groups]. The last n_sampled % SIZE of the sample fill no group: left out.
     """
     row_tile, tile = _program_tile(tl.cdiv(n_rows, BM), tl.cdiv(n_sampled, BN), GROUP)
     rows, sampled = row_tile * BM + tl.arange(0, BM), tile * BN + tl.arange(0, BN)

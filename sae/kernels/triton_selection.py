@@ -12,6 +12,7 @@ Imported only where triton is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -142,7 +143,7 @@ def top_k_of_rows(pre_acts: PreActs, k: int, exactly: Exactly) -> Codes:
     exactly: the same from dense scores.
     """
     rank = sampled_rank(k)
-    capacity = triton.next_power_of_2(SAMPLED * (rank + 4 * round(rank**0.5)))
+    capacity = triton.next_power_of_2(SAMPLED * (rank + 4 * round(math.sqrt(rank))))
     if len(pre_acts.b) // SAMPLED < 2 * rank or len(pre_acts.x) * capacity >= 2**31:
         return exactly(pre_acts)
     product = Product.of(pre_acts)
@@ -165,7 +166,8 @@ def top_k_of_rows(pre_acts: PreActs, k: int, exactly: Exactly) -> Codes:
 def sampled_rank(k: int) -> int:
     """Which largest of the sampled features' scores guesses a row's threshold: k / 16, and three
     standard deviations of how many of the k largest the sample has, and three more."""
-    return round(k / SAMPLED + 3 * max(1.0, (k / SAMPLED) ** 0.5) + 3)
+    sampled = k / SAMPLED
+    return round(sampled + 3 * math.sqrt(max(1.0, sampled)) + 3)
 
 
 def append_above(

@@ -163,6 +163,26 @@ def test_an_untrained_model_makes_a_cache_that_says_so(
     assert "random-weights" in evaluated.err
 
 
+def test_trained_baselines_stand_in_the_report(
+    saebase: Saebase, small_run: SmallRun, tmp_path: Path
+) -> None:
+    how = ("--d-sae", 64, "--k", 4, "--n-steps", 4, "--batch-size", 128)
+    for name, flags in (("sae", ()), ("frozen", ("--freeze-decoder",))):
+        train = ("train", "--acts", small_run.acts, "--out", tmp_path / name)
+        assert saebase(*train, *how, *flags).status == 0
+    evaluate = ("evaluate", tmp_path / "sae", "--acts", small_run.acts, "--no-with-model")
+    frozen = f"frozen_decoder={tmp_path / 'frozen'}"
+    outcome = saebase(*evaluate, "--baselines", frozen, f"own={tmp_path / 'sae'}@{small_run.acts}")
+    assert outcome.status == 0, outcome.err
+    report = json.loads((tmp_path / "sae" / "report.json").read_text())
+    rows = {row["name"]: row for row in report["baselines"]}
+    assert "frozen" in rows["frozen_decoder"]["what"]
+    assert rows["own"]["reconstruction"] == report["reconstruction"]
+    refused = saebase(*evaluate, "--baselines", "nothing")
+    assert refused.status == 2
+    assert "NAME=FOLDER" in refused.err
+
+
 def test_flags_may_stand_in_a_file_and_the_line_wins(
     saebase: Saebase, small_run: SmallRun, tmp_path: Path
 ) -> None:

@@ -211,9 +211,10 @@ def torchrun(acts: str, out: Path, n_steps: int, *flags: object) -> subprocess.P
     )
 
 
+@pytest.mark.timeout(600)
 def test_two_processes_make_one_sae_and_go_on_after_a_kill(acts: str, tmp_path: Path) -> None:
     whole = torchrun(acts, tmp_path / "whole", 60)
-    out, err = whole.communicate(timeout=100)
+    out, err = whole.communicate(timeout=200)
     assert whole.returncode == 0, err
     assert out.count("next:") == 1
     assert sorted(f.name for f in (tmp_path / "whole").iterdir() if f.name[0] != ".") == [
@@ -233,7 +234,7 @@ def test_two_processes_make_one_sae_and_go_on_after_a_kill(acts: str, tmp_path: 
     killed.communicate()
     assert not (tmp_path / "killed" / "config.json").exists()
     resumed = torchrun(acts, tmp_path / "killed", 60, *flags)
-    _, err = resumed.communicate(timeout=100)
+    _, err = resumed.communicate(timeout=200)
     assert resumed.returncode == 0, err
     hashes = [
         sha256((tmp_path / name / "sae.safetensors").read_bytes()).hexdigest()
@@ -270,7 +271,7 @@ def test_processes_of_srun_meet_and_one_tells_a_mistake(acts: str, tmp_path: Pat
         )
         for rank in range(2)
     ]
-    told = [process.communicate(timeout=100)[1] for process in processes]
+    told = [process.communicate(timeout=200)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
     assert told == [
         "saebase: a transcoder needs --reads and --writes; --writes is missing\n",

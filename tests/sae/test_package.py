@@ -15,7 +15,15 @@ from sae import BatchTopKConfig, ConfigError, SAEError, SourceError, TensorSourc
 from sae.architectures import ARCHITECTURES, architecture_of
 from sae.config import Config, EvalConfig, SAEConfig
 
-ALLOWED = {"triton", "torch", "einops", "safetensors", "pydantic", "numpy", "sae"} | sys.stdlib_module_names
+ALLOWED = {
+    "triton",
+    "torch",
+    "einops",
+    "safetensors",
+    "pydantic",
+    "numpy",
+    "sae",
+} | sys.stdlib_module_names
 PACKAGE = Path(sae.__file__).parent
 
 

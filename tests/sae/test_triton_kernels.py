@@ -55,7 +55,7 @@ runs_kernels = pytest.mark.skipif(
 @pytest.mark.skipif(ON_GPU or IS_INTERPRETED, reason="the kernels run in this process")
 @pytest.mark.timeout(600)
 def test_kernels_give_the_same_results_under_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "--noconftest", "-x", "-q", "-rs", __file__]
+    command = [sys.executable, "-m", "pytest", "--noconftest", "-x", "-rA", __file__]
     made = subprocess.run(
         command,
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
@@ -65,7 +65,7 @@ def test_kernels_give_the_same_results_under_the_interpreter() -> None:
         check=False,
     )
     assert made.returncode == 0, made.stdout[-6000:] + made.stderr[-2000:]
-    assert " passed" in made.stdout
+    assert "PASSED" in made.stdout
 
 
 def triton_selection() -> Any:
@@ -326,7 +326,9 @@ def test_adam_equals_plain_torchs(shape: tuple[int, ...], is_lean: bool) -> None
             for kernels, (w, m, v) in ((tier(), ours), (TORCH, theirs)):
                 update = kernels.adam_lean_ if is_lean else kernels.adam_
                 update(w, gradient, m, v, step, unit_rows=unit_rows)
-        torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=3e-6)
+        # The interpreter cuts to bfloat16 where a GPU rounds.
+        atol = 5e-5 if is_lean and not ON_GPU else 3e-6
+        torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=atol)
         torch.testing.assert_close(ours[2], theirs[2], rtol=1e-5, atol=1e-8)
 
 
@@ -353,7 +355,7 @@ def test_a_steps_gradients_equal_dense_autograd_in_float64() -> None:
     error = x.double() - acts @ leaves.W_dec - leaves.b_dec
     loss = error.square().sum() / (n_rows * variance)
     loss.backward()
-    assert float(found.loss) == pytest.approx(float(loss), rel=1e-6)
+    assert float(found.loss) == pytest.approx(float(loss.detach()), rel=1e-6)
     for name, leaf in leaves._asdict().items():
         assert leaf.grad is not None
         difference = (found.gradients[name].double() - leaf.grad).norm() / leaf.grad.norm()
@@ -396,7 +398,12 @@ def test_training_is_the_same_with_either_tier(config: SAEConfig) -> None:
         assert reports[1] is not None
         assert torch.equal(reports[0].step.n_active, reports[1].step.n_active)
     for name, each in plain.sae.weights._asdict().items():
-        torch.testing.assert_close(getattr(fast.sae.weights, name), each, rtol=0, atol=1e-5)
+        difference = getattr(fast.sae.weights, name) - each
+        # Adam's first step has the size of lr whatever the gradient's: where that is a sum that
+        # cancels to a rounding error, single weights differ by a fraction of lr = 1e-3.
+        assert float(difference.abs().max()) < 1e-4
+        if each.dim() == 2:
+            assert float(difference.norm() / each.norm()) < 1e-5
 
 
 @runs_kernels
@@ -410,6 +417,82 @@ def test_lean_training_keeps_gradients_and_means_in_bfloat16() -> None:
     assert tensors["adam.square.W_enc"].shape == (256,)
     norms = state.sae.W_dec.norm(dim=1)
     torch.testing.assert_close(norms, torch.ones_like(norms))
+
+
+H100 = ("cuda", 90, 32)
+# Of each kernel that a step spends time in: types of its arguments, its shape at d_model 2304.
+FOR_H100: dict[str, tuple[str, dict[str, int], int]] = {
+    "triton_product.append_above": (
+        "*fp16 *fp16" + 9 * " *fp32" + " *i32 *i32 *fp32 i32 i32 i32 i32 fp32",
+        {"BM": 128, "BN": 256, "BK": 64, "GROUP": 16, "EVEN": 1}, 8,
+    ),
+    "triton_product.group_maxima": (
+        "*fp16 *fp16" + 4 * " *fp32" + 4 * " i32",
+        {"STRIDE": 16, "SIZE": 32, "BM": 128, "BN": 256, "BK": 64, "GROUP": 16, "EVEN": 1}, 8,
+    ),
+    "triton_product.round_rows": (
+        "*fp32 *fp16 *fp32 *fp32 *fp32 i32 i32", {"ROWS": 1, "BLOCK": 4096}, 8,
+    ),
+    "triton_choice.narrow_lists": (
+        "*i32 *i32" + 5 * " *fp32" + " *i32 *i32 i32 i32 i32 i32 fp32",
+        {"ROWS": 1, "WIDTH": 512}, 2,
+    ),
+    "triton_choice.pack_lists": ("*i32 *i64 *i64 i32", {"ROWS": 1, "WIDTH": 512}, 1),
+    "triton_choice.choose_largest": (
+        "*fp32 *i64 *fp32 *i8 *i8 i32 i32", {"ROWS": 1, "WIDTH": 128}, 1,
+    ),
+    "triton_sums.dot_entries": (
+        "*fp32 *fp32 *i64 *i64 *fp32 i32 i32 i32", {"ROWS": 1, "ENTRIES": 16, "COLUMNS": 64}, 1,
+    ),
+    "triton_sums.decode_rows": (
+        "*fp32 *i64 *i64" + 5 * " *fp32" + " i32 i32 i32",
+        {"ROWS": 1, "ENTRIES": 16, "COLUMNS": 64, "COMPARE": 1}, 1,
+    ),
+    "triton_sums.sum_features": (
+        "*i64 *i64 *i64 *fp32 *fp32 *bf16 *fp32 i32 i32",
+        {"ROWS": 1, "ENTRIES": 16, "COLUMNS": 256}, 1,
+    ),
+    "triton_adam.remove_along": ("*bf16 *fp32 i32 i32", {"ROWS": 1, "BLOCK": 4096}, 16),
+    "triton_adam.adam": (
+        "*fp32 *fp32 *fp32 *fp32 i32 i32 i64" + 6 * " fp32",
+        {"ROWS": 1, "BLOCK": 4096, "UNIT_ROWS": 1}, 16,
+    ),
+    "triton_adam.adam_lean": (
+        "*fp32 *bf16 *bf16 *fp32 i32 i32" + 6 * " fp32",
+        {"ROWS": 1, "BLOCK": 4096, "UNIT_ROWS": 1}, 16,
+    ),
+}  # fmt: skip
+
+
+@needs_triton
+@pytest.mark.skipif(IS_INTERPRETED, reason="nothing is compiled under the interpreter")
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", FOR_H100)
+def test_kernels_compile_for_an_h100(name: str) -> None:
+    """Without a GPU: types, shapes and shared memory are right, and products use tensor cores."""
+    compiler = importlib.import_module("triton.compiler")
+    target = importlib.import_module("triton.backends.compiler").GPUTarget(*H100)
+    module, _, kernel = name.partition(".")
+    function = getattr(importlib.import_module(f"sae.kernels.{module}"), kernel)
+    types, shape, num_warps = FOR_H100[name]
+    of_arguments = iter(types.split())
+    signature = {
+        each: "constexpr" if each in shape else next(of_arguments) for each in function.arg_names
+    }
+    values = {(function.arg_names.index(each),): value for each, value in shape.items()}
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, each in enumerate(function.arg_names)
+        if signature[each].startswith("*") or each == "d"
+    }
+    source = compiler.ASTSource(function, signature, values, aligned)
+    options = {"num_warps": num_warps, "num_stages": 3}
+    made = importlib.import_module("triton").compile(source, target=target, options=options)
+    assert made.metadata.shared <= 227 * 1024
+    if module == "triton_product" and kernel != "round_rows":
+        assert "wgmma.mma_async" in made.asm["ptx"]
+        assert "cp.async" in made.asm["ptx"]
 
 
 @needs_triton
