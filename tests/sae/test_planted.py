@@ -24,8 +24,8 @@ from sae.sources import PairedTensors
 from sae.wiring import crosscoder, transcoder
 from tests.sae.conftest import Planted, plant
 
-# Truth has 2 active features a row, of 40. At most so much FVU, and at least so much recovered: what
-# three seeds gave. L1 shrinks acts, and pays for it in FVU.
+# Truth has 2 active features a row, of 40. At most so much FVU, and at least so much recovered,
+# from what three seeds gave. L1 shrinks acts, and pays for it in FVU.
 CONFIGS: dict[str, tuple[SAEConfig, float, float]] = {
     "topk": (TopKConfig(d_sae=80, k=3), 0.08, 0.95),
     "batch_topk": (BatchTopKConfig(d_sae=80, k=3), 0.03, 0.85),
