@@ -16,6 +16,7 @@ from sae.codes import Codes
 from sae.kernels import library
 from sae.kernels.base import AdamStep, FeatureSums, Kernels, Reconstructed
 from sae.kernels.embedding_bags import DENSE_SUMS
+from sae.kernels.recycling import Recycler
 from sae.kernels.selection import PreActs
 
 # Integers of that many products of 8 bits still fit 32.
@@ -146,6 +147,8 @@ class CompiledKernels(Kernels):
         return Codes(acts, ids, offsets)
 
 
+_recycler = Recycler()
+
 Places = tuple[Tensor, Tensor, Tensor]
 """Entries by feature: starts [d_sae + 1], order [nnz], rows [nnz], as in sae_sort_by_feature."""
 
@@ -162,7 +165,7 @@ def _sum_by_feature(
     places: Places, weights: Tensor, table: Tensor, totals: Tensor | None = None
 ) -> Tensor:
     n_features, d = len(places[0]) - 1, table.shape[1]
-    sums = table.new_empty(n_features, d)
+    sums = _recycler.empty(n_features, d)
     _call("sae_sum_by_feature", *places, n_features, weights, table, d, sums, totals)
     return sums
 

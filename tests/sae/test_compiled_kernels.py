@@ -15,6 +15,7 @@ from sae import ConfigError
 from sae.codes import Codes
 from sae.gradients import AuxK, Weights, add_auxk_
 from sae.kernels import AdamStep, CompiledKernels, Kernels, PreActs, kernels_of, library
+from sae.kernels.recycling import Recycler
 from sae.kernels.selection import above_threshold, top_k_of_rows
 
 CPU = torch.device("cpu")
@@ -379,3 +380,22 @@ def test_auxk_on_codes_is_auxk_on_dense_acts(
     for dense, on_codes in zip(*found, strict=True):
         assert_close(on_codes, dense.double())
     assert float(found[0][1][60].abs().max()) > 1
+
+
+def test_memory_is_used_again_only_when_nobody_holds_it() -> None:
+    recycler = Recycler()
+    first = recycler.empty(1024, 1024)
+    part, address = first[3:].fill_(7), first.data_ptr()
+    del first
+    second = recycler.empty(1024, 1024)
+    assert second.data_ptr() != address  # a part of the first is held
+    assert (part == 7).all()
+    as_numpy = part.numpy()
+    del part
+    assert recycler.empty(1024, 1024).data_ptr() != address
+    assert as_numpy[0, 0] == 7
+    del as_numpy
+    assert recycler.empty(1024, 1024).data_ptr() == address
+    held = [recycler.empty(1024, 1024) for _ in range(9)]
+    assert len({each.data_ptr() for each in held}) == 9
+    assert recycler.empty(5, 3).shape == (5, 3)
