@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--hookpoint", default="layers.15.resid_post")
     parser.add_argument("--d-sae", type=int, default=4608)
     parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=450)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -103,7 +104,9 @@ def main() -> None:
     chosen = variants(args.d_sae, args.k)
     if args.only:
         chosen = {name: chosen[name] for name in args.only}
-    settings = TrainConfig(n_steps=args.steps, lr=args.lr, dead_after_tokens=200_000)
+    settings = TrainConfig(
+        n_steps=args.steps, batch_size=args.batch, lr=args.lr, dead_after_tokens=200_000
+    )
     saes, reports, seconds = defaultdict(list), defaultdict(list), defaultdict(list)
     for spec in specs(args.hookpoint, chosen, settings, args.seeds, args.out):
         result = train_many(acts, [spec])[0]

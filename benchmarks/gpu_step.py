@@ -215,6 +215,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=6.0)
     parser.add_argument("--k", type=int, default=64)
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device here: benchmarks/gpu.sh runs on one")
     end = time.monotonic() + 60 * args.minutes
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     for size in SIZES:

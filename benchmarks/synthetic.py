@@ -18,8 +18,9 @@ from sae import SAE, SAEConfig, TrainConfig, train
 from sae.architectures import ARCHITECTURES, config_of
 from sae.errors import ConfigError
 from sae.evaluating.fitted import untrained_twin
-from sae.initialisation import sample_rows
+from sae.reading import sample_rows
 from sae.synthetic import SyntheticConfig, SyntheticSource, SyntheticTruth, score
+from sae.wiring import wiring_of
 
 SHOWN = (
     "l0",
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--n-features", type=int, default=16_384)
     parser.add_argument("--d-model", type=int, default=768)
     parser.add_argument("--d-sae", type=int, default=16_384)
-    parser.add_argument("--k", type=int, default=24, help="where the architecture has one")
+    parser.add_argument("--k", type=int, default=24, help="L0, whatever the architecture")
     parser.add_argument("--n-steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=4096)
     parser.add_argument("--lr", type=float, default=None)
@@ -73,8 +74,8 @@ def main() -> None:
 
 
 def config_for(name: str, d_sae: int, k: int) -> SAEConfig | None:
-    """The config of an architecture, with k where it has one; None if it needs more than these."""
-    for settings in ({"d_sae": d_sae, "k": k}, {"d_sae": d_sae}):
+    """The config of an architecture at an L0 of k; None if it needs more than that."""
+    for settings in ({"d_sae": d_sae, "k": k}, {"d_sae": d_sae, "target_l0": k}):
         try:
             return config_of(name, settings)
         except ConfigError:
@@ -103,8 +104,9 @@ def trained_row(
 
 def untrained_row(config: SAEConfig, source: SyntheticSource) -> dict[str, Any]:
     """What random directions score."""
-    rows = sample_rows(source, "synthetic", 16_384, seed=0)
-    untrained = untrained_twin(SAE(config, source.d_model("synthetic")), rows, seed=0)
+    rows = sample_rows(source, wiring_of("synthetic"), 16_384, seed=0)
+    l0 = config.expected_l0 or 1.0
+    untrained = untrained_twin(SAE(config, source.d_model("synthetic")), rows, l0, seed=0)
     return {"what": "untrained topk", "seed": 0, **scored(untrained, source), "s": 0.0}
 
 

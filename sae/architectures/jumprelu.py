@@ -29,7 +29,7 @@ class JumpReLUConfig(PenaltyConfig):
         description="Penalty: l0 (Rajamanoharan et al. 2024), or tanh (Anthropic, January 2025).",
     )
     bandwidth: float = Field(
-        default=1.0,
+        default=2.0,
         gt=0,
         description="Width of the window around the threshold that its gradient comes from; 1 is "
         "about the standard deviation of a random direction's pre-activations.",

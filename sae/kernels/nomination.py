@@ -2,8 +2,8 @@
 
 The product in bfloat16 only nominates candidates; their pre-activations are then computed in
 float32, and the choice is made among those. A bound on the error of the bfloat16 scores says
-whether a feature that wasn't nominated could belong to the choice; where it could, the choice is
-made again from float32 scores.
+which features that weren't nominated could belong to the choice; where there are such, it is made
+again with them.
 
 A score s of row x and its bfloat16 estimate s' differ by at most
 
@@ -74,30 +74,51 @@ def nominated_top_k_of_rows(pre_acts: PreActs, k: int) -> Codes:
     n_features = len(pre_acts.b)
     if k + SPARE >= n_features or len(pre_acts.x) == 0:
         return top_k_of_rows(pre_acts, k)
-    ids, scores, is_certain = (
-        torch.cat(parts) for parts in zip(*_top_k_tiles(pre_acts, k), strict=True)
-    )
-    if not is_certain.all():
-        doubtful = (~is_certain).nonzero().squeeze(1)
-        for some in doubtful.split(512):
-            exact = torch.addmm(pre_acts.b, pre_acts.x[some], pre_acts.W.T)
-            ids[some] = top_k_ids(exact, k)
-            scores[some] = exact.gather(1, ids[some])
+    ids, scores = (torch.cat(parts) for parts in zip(*_top_k_tiles(pre_acts, k), strict=True))
     return codes_of_rows(ids, scores)
 
 
-def _top_k_tiles(pre_acts: PreActs, k: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Each tile's ids [tile, k], ascending, their float32 scores, and which rows are certain."""
+def _top_k_tiles(pre_acts: PreActs, k: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each tile's ids [tile, k], ascending, and their float32 scores."""
     estimates = estimate(pre_acts)
     for start, low in estimates.pre_acts.tiles():
         candidates = largest_of_rows(low, k + SPARE).sort(dim=1).values
         cutoff = low.gather(1, candidates).amin(1)  # nothing that wasn't nominated is above it
         scores = _rescored(pre_acts, candidates, start)
         places = top_k_ids(scores, k)
-        chosen = scores.gather(1, places)
+        ids, chosen = candidates.gather(1, places), scores.gather(1, places)
         unseen = estimates.upper(cutoff, start)
-        is_certain = (unseen < chosen.amin(1)) | (unseen <= 0)
-        yield candidates.gather(1, places), chosen, is_certain
+        smallest = chosen.amin(1)
+        doubtful = ((unseen >= smallest) & (unseen > 0)).nonzero().squeeze(1)
+        if len(doubtful):
+            slack = estimates.slack[start + doubtful]
+            some = low[doubtful] > _lowest(smallest[doubtful].clamp(min=0), slack).unsqueeze(1)
+            rows = pre_acts._replace(x=pre_acts.x[start + doubtful])
+            ids[doubtful], chosen[doubtful] = _top_k_among(rows, some, k)
+        yield ids, chosen
+
+
+def _lowest(limits: Tensor, slack: Tensor) -> Tensor:
+    """What isn't estimated above it is below limits: bfloat16, its rounding included."""
+    lower = limits - slack  # s' + UNIT |s'| + slack < limit
+    return torch.where(lower > 0, lower * (1 - 2 * UNIT), lower * (1 + 2 * UNIT)).bfloat16()
+
+
+def _top_k_among(pre_acts: PreActs, is_candidate: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Ids of the k largest [batch, k], ascending, among candidates [batch, d_sae], k a row or more,
+    and their float32 scores."""
+    flat = is_candidate.view(-1).nonzero().squeeze(1)
+    codes = codes_of_flat(flat, pre_acts.x.new_empty(len(flat)), pre_acts)
+    scores = dot_by_entry(codes, pre_acts.x, pre_acts.W) + pre_acts.b[codes.feature_ids]
+    counts, rows = codes.n_active(), codes.rows()
+    columns = torch.arange(codes.nnz, device=flat.device) - codes.offsets[rows]
+    width = int(counts.max())
+    padded = scores.new_full((codes.n_rows, width), -torch.inf)
+    padded[rows, columns] = scores
+    ids = torch.zeros_like(padded, dtype=torch.int64)
+    ids[rows, columns] = codes.feature_ids
+    places = top_k_ids(padded, k)
+    return ids.gather(1, places), padded.gather(1, places)
 
 
 def nominated_above_threshold(pre_acts: PreActs, threshold: Tensor) -> Codes:
@@ -118,10 +139,8 @@ def _nominated_above(pre_acts: PreActs, threshold: Tensor) -> Tensor:
     for start, low in estimates.pre_acts.tiles():
         slack = estimates.slack[start : start + len(low)]
         # A row for each threshold or, where features differ in it, one for the whole tile.
-        lower = threshold - (slack.max() if threshold.dim() else slack.unsqueeze(1))
-        # What isn't above lower has s' + UNIT |s'| + slack < threshold, lower's rounding included.
-        lower = torch.where(lower > 0, lower * (1 - 2 * UNIT), lower * (1 + 2 * UNIT))
-        flat = (low > lower.bfloat16()).view(-1).nonzero().squeeze(1)
+        lowest = _lowest(threshold, slack.max() if threshold.dim() else slack.unsqueeze(1))
+        flat = (low > lowest).view(-1).nonzero().squeeze(1)
         flats.append(flat + start * low.shape[1])
     return torch.cat(flats)
 

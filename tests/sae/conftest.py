@@ -24,7 +24,7 @@ class Planted(NamedTuple):
 
 
 def plant(n_rows: int, d_model: int, n_features: int, n_active: float, seed: int = 0) -> Planted:
-    # Not the stream of numbers that an SAE of the same seed starts from: it would start at the truth.
+    # Not the numbers that an SAE of the same seed starts from: it would start at the truth.
     generator = torch.Generator().manual_seed(seed + 10_000)
     directions = torch.randn(n_features, d_model, generator=generator)
     directions /= directions.norm(dim=1, keepdim=True)
