@@ -45,9 +45,9 @@ KINDS = {
     "reader_while_writing": Kind(reader_while_writing.run, 12, 1),
     "disk_budget": Kind(disk_budget.run, 12, 1),
     "training_kills": Kind(training_kills.run, 200, 3),
-    "training_calls": Kind(training_calls.run, 60, 3),
+    "training_calls": Kind(training_calls.run, 40, 3),
     "training_damage": Kind(training_damage.run, 240, 12),
-    "two_trainers": Kind(two_trainers.run, 20, 2),
+    "two_trainers": Kind(two_trainers.run, 16, 2),
 }
 
 
