@@ -28,11 +28,11 @@ class Normalisation(NamedTuple):
 
     def inputs(self, x: Tensor) -> Tensor:
         """Raw x [batch, d_in] in training's units."""
-        return (x - self.in_center) * self.in_scale
+        return (x - self.in_center).mul_(self.in_scale)
 
     def outputs(self, y: Tensor) -> Tensor:
         """Raw y [batch, d_out] in training's units."""
-        return (y - self.out_center) * self.out_scale
+        return (y - self.out_center).mul_(self.out_scale)
 
     def to(self, device: torch.device | str) -> Normalisation:
         """The same on another device."""

@@ -62,13 +62,12 @@ def step_of(
         aux_loss = add_auxk_(gradients, at.x, found.error, at.weights, auxk, at.scale, at.kernels)
         of_products = of_products + gradients.b_enc
     pull = found.pulls if found.pulls.dim() == 2 else found.pulls[:, 0]
-    grad_y_hat = pull * (-2 * at.scale)
-    gradients.b_dec.copy_(grad_y_hat.sum(0))
+    gradients.b_dec.copy_(pull.sum(0) * (-2 * at.scale))
     if is_tied:  # b_dec is added after the decoder and taken away before the encoder
         gradients.b_dec.sub_(of_products @ at.weights.W_enc)
     named = {**gradients._asdict(), **(push.learnt or {})}
     if skip_input is not None:
-        named["W_skip"] = skip_input.T @ grad_y_hat
+        named["W_skip"] = skip_input.T @ pull * (-2 * at.scale)
     n_active = n_entries if made.is_active is None else _count(made, len(n_entries))
     losses = torch.stack([found.loss * at.scale, push.penalty, aux_loss, found.squared_error])
     at.team.sum_(*named.values(), n_active, losses)

@@ -130,7 +130,7 @@ class TrainingState:
         batch = batch.to(self.sae.b_dec.device)
         x = self.normalisation.inputs(batch.x)
         y = x if batch.y is batch.x else self.normalisation.outputs(batch.y)
-        if self.team.any(not (x.sum() + y.sum()).isfinite()):
+        if self.team.any(not (x.sum() if y is x else x.sum() + y.sum()).isfinite()):
             self._skip_(
                 NonFiniteError, "held NaN or Inf; look at the activations (float16 overflows)"
             )

@@ -70,7 +70,7 @@ class CompiledKernels(Kernels):
         """See Kernels."""
         if _is_dense(codes, len(table)) or not _are_plain(codes.acts, target, table):
             return super().reconstruct(codes, target, table)
-        error, dots = torch.empty_like(target), torch.empty_like(codes.acts)
+        error, dots = _recycler.empty(*target.shape), torch.empty_like(codes.acts)
         squares = target.new_empty(codes.n_rows, dtype=torch.float64)
         entries = _in_rows(codes)
         _call("sae_reconstruct", *entries, target, table, *table.shape, error, squares, dots)
