@@ -105,12 +105,9 @@ class Steered(NamedTuple):
 
 
 def demo_config(out: Path) -> PipelineConfig:
-    """The demo's configuration; products in bfloat16 where this CPU is fast at them."""
+    """The demo's configuration; the model in bfloat16 where this CPU is fast at it."""
     config = read_config(CONFIG, out=str(out))
-    if not has_fast_bfloat16():
-        return config
-    train = config.train.model_copy(update={"nominate_in": "bfloat16"})
-    return config.model_copy(update={"dtype": "bfloat16", "train": train})
+    return config.model_copy(update={"dtype": "bfloat16"}) if has_fast_bfloat16() else config
 
 
 def show_demo(config: PipelineConfig, seconds: Mapping[str, float], console: Console) -> None:
