@@ -40,7 +40,7 @@ def told(path: Path) -> Iterator[None]:
     except OSError as error:
         raise StorageError(
             f"{path}: {error.strerror or error}; make room or look at the disk, then do the same "
-            "again: a run goes on from its last checkpoint"
+            "again: it goes on from what was saved"
         ) from error
 
 

@@ -14,7 +14,7 @@ from feature_db import (
     IndexProgress,
     build_index,
 )
-from sae import SAE, BatchTopKConfig, EvalConfig, Origin, TopKConfig, evaluate
+from sae import SAE, BatchTopKConfig, EvalConfig, Origin, StorageError, TopKConfig, evaluate
 
 from .conftest import HOOKPOINT, World, random_sae, small_config, tiny_lm
 
@@ -54,7 +54,7 @@ def test_failed_overwrite_leaves_the_old_database(
         raise OSError("fault")
 
     monkeypatch.setattr("sae.atomic_files.fsync", fail)
-    with pytest.raises(OSError, match="fault"):
+    with pytest.raises(StorageError, match="fault"):
         build(world, path, config=small_config(n_top=3), overwrite=True)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

@@ -21,6 +21,7 @@ VERBS = [
     "demo",
     "doctor",
     "evaluate",
+    "finetune",
     "harvest",
     "index",
     "plan",
