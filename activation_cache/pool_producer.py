@@ -8,7 +8,7 @@ again, after a kill, is made again from where its text begins.
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import torch
 
@@ -35,11 +35,12 @@ class PoolProducer:
         self._plan, self._max_bytes = plan, max_bytes
         self._changed = threading.Condition()
         self._records = self._committed()
+        self._n_begun = 0  # shards that have room but no record yet
         self._thread: threading.Thread | None = None
         self._working_on = 0
         self._error: BaseException | None = None
         self._is_stopped = False
-        self._blocks: Iterator[PackedBlock] = iter(())
+        self._blocks = _no_blocks()
         self._blocks_at: Position | None = None
 
     # -- for the reader --------------------------------------------------------------------------
@@ -87,7 +88,8 @@ class PoolProducer:
         if self._thread is not None:
             self._thread.join()
         self._thread, self._is_stopped = None, False
-        self._blocks, self._blocks_at = iter(()), None
+        self._blocks.close()  # with the threads that read and tokenize ahead
+        self._blocks, self._blocks_at = _no_blocks(), None
 
     # -- the thread ------------------------------------------------------------------------------
 
@@ -149,16 +151,20 @@ class PoolProducer:
         return Position(*self._journal.records[pool - 1].end) if pool else self._producer.start
 
     def _when_there_is_room(self, shards: list[int]) -> Iterator[ShardPlan]:
+        self._n_begun = 0
         for shard in shards:
             with self._changed:
+                # The shard before may still be on its way to the disk.
                 while self._used_bytes() + shard_bytes(self._plan) > self._max_bytes:
                     self._raise_if_stopped()
                     self._changed.wait(0.5)
+                self._n_begun += 1
             yield ShardPlan(shard, self._plan.shard_rows)
 
     def _blocks_from(self, start: Position) -> Iterator[PackedBlock]:
         """Blocks from `start` on, without end: the text begins anew when it is over."""
         if self._blocks_at != start:
+            self._blocks.close()
             self._blocks = _endless(self._producer, start)
         return self._blocks
 
@@ -172,6 +178,8 @@ class PoolProducer:
     def _add(self, record: ShardRecord) -> None:
         with self._changed:
             self._records[record.shard] = record
+            self._n_begun -= 1
+            self._changed.notify_all()
 
     # -- what there is ---------------------------------------------------------------------------
 
@@ -216,7 +224,7 @@ class PoolProducer:
 
     def _used_bytes(self) -> int:
         files = (file for record in self._records.values() for file in record.files.values())
-        return sum(file.n_bytes for file in files)
+        return sum(file.n_bytes for file in files) + self._n_begun * shard_bytes(self._plan)
 
     def _keep(self, is_wanted: Callable[[int], bool]) -> None:
         """Remove the other shards; their records first: then a shard does not exist."""
@@ -264,7 +272,11 @@ def _max_norms(shards: ShardReader, plan: StreamPlan) -> dict[str, float]:
     return {name: plan.massive_norm * median_norm(shards, name) for name in names}
 
 
-def _endless(producer: Producer, start: Position) -> Iterator[PackedBlock]:
+def _no_blocks() -> Generator[PackedBlock]:
+    yield from ()
+
+
+def _endless(producer: Producer, start: Position) -> Generator[PackedBlock]:
     yield from producer.blocks(start)
     while True:
         first = None

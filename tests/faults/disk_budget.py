@@ -4,6 +4,7 @@ The shards never take more than the budget; nothing that a durable checkpoint ma
 gone for good: gone on from its last checkpoint, the reader gets the batches of an unkilled one.
 """
 
+import contextlib
 import hashlib
 import json
 import random
@@ -92,12 +93,20 @@ def _kill(place: Workplace, whole: list[str], rng: random.Random, most: list[int
 
 
 def _watch(out: Path, is_over: threading.Event, sizes: list[int]) -> None:
+    """Note what shards take, at moments when no file came or went while they were counted."""
+    before: dict[str, int] = {}
     while not is_over.is_set():
-        total = 0
-        for file in (out / "stream" / "shards").glob("*.safetensors*"):
-            try:
-                total += file.stat().st_size
-            except FileNotFoundError:
-                continue
-        sizes.append(total)
-        time.sleep(0.002)
+        now = _sizes(out / "stream" / "shards")
+        if now.keys() == before.keys():
+            sizes.append(sum(before.values()))
+        before = now
+        time.sleep(0.001)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each shard's file, finished or not."""
+    found = {}
+    for file in folder.glob("*.safetensors*"):
+        with contextlib.suppress(FileNotFoundError):
+            found[file.name] = file.stat().st_size
+    return found
