@@ -7,6 +7,7 @@ whole token blocks, each committed by its record. Interrupted at any moment and 
 goes on after the last committed shard and ends with the same bytes as if it had never stopped.
 """
 
+import contextlib
 import datetime
 import importlib.metadata
 import itertools
@@ -152,19 +153,19 @@ class _Work:
                 return  # by another process, meanwhile
             n_done = sum(record.n_rows for record in records)
             start = Position(*records[-1].end) if records else self.producer.start
-            blocks = self.producer.blocks(start)
-            first = next(blocks, None) if n_done < self.n_wanted else None
-            if not first and not records:
-                raise self.producer.corpus.nothing_left(self.fingerprint.min_doc_tokens)
-            _require_space(self.store, self.fingerprint, self.n_wanted - n_done)
-            manifest = manifest.model_copy(
-                update={"n_tokens_wanted": self.n_wanted, "is_complete": False}
-            )
-            self.producer.calibrations = stored_calibrations(self.store, records)
-            manifest.write(self.store)
-            sweep(self.store, {record.shard: record for record in records})
-            if first:
-                self._write(manifest, records, itertools.chain([first], blocks), start)
+            with contextlib.closing(self.producer.blocks(start)) as blocks:
+                first = next(blocks, None) if n_done < self.n_wanted else None
+                if not first and not records:
+                    raise self.producer.corpus.nothing_left(self.fingerprint.min_doc_tokens)
+                _require_space(self.store, self.fingerprint, self.n_wanted - n_done)
+                manifest = manifest.model_copy(
+                    update={"n_tokens_wanted": self.n_wanted, "is_complete": False}
+                )
+                self.producer.calibrations = stored_calibrations(self.store, records)
+                manifest.write(self.store)
+                sweep(self.store, {record.shard: record for record in records})
+                if first:
+                    self._write(manifest, records, itertools.chain([first], blocks), start)
             self._complete(manifest, records)
 
     def _write(

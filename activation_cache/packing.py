@@ -7,8 +7,9 @@ from there yields the very same blocks as packing from the beginning. Numbers as
 gaps, where documents are left out or belong to other ranks.
 """
 
+import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,25 +73,29 @@ def pack(
     tokenizer: Any,
     packing: Packing,
     start: Position = START,
-) -> Iterator[PackedBlock]:
-    """Yield blocks. numbered: the documents with number `start.document` or higher, ascending."""
+) -> Generator[PackedBlock]:
+    """Yield blocks. numbered: the documents with number `start.document` or higher, ascending.
+
+    A thread reads ahead until the generator ends or is closed.
+    """
     room = packing.ctx_len - (packing.bos_id is not None)
     rows = _Rows([], [], [], {})
-    for doc_id, source, tokens in _tokenized(numbered, tokenizer, packing):
-        skipped = start.token if doc_id == start.document else 0
-        if skipped == 0 and tokens:
-            rows.sources[doc_id] = source
-        place = skipped
-        while place < len(tokens):
-            taken = tokens[place : place + room - len(rows.token_ids)]
-            rows.token_ids.extend(taken)
-            rows.doc_ids.extend([doc_id] * len(taken))
-            rows.positions.extend(range(place, place + len(taken)))
-            place += len(taken)
-            if len(rows.token_ids) == room:
-                end = Position(doc_id, place) if place < len(tokens) else Position(doc_id + 1)
-                yield _block(rows, packing, end)
-                rows = _Rows([], [], [], {})
+    with contextlib.closing(_tokenized(numbered, tokenizer, packing)) as documents:
+        for doc_id, source, tokens in documents:
+            skipped = start.token if doc_id == start.document else 0
+            if skipped == 0 and tokens:
+                rows.sources[doc_id] = source
+            place = skipped
+            while place < len(tokens):
+                taken = tokens[place : place + room - len(rows.token_ids)]
+                rows.token_ids.extend(taken)
+                rows.doc_ids.extend([doc_id] * len(taken))
+                rows.positions.extend(range(place, place + len(taken)))
+                place += len(taken)
+                if len(rows.token_ids) == room:
+                    end = Position(doc_id, place) if place < len(tokens) else Position(doc_id + 1)
+                    yield _block(rows, packing, end)
+                    rows = _Rows([], [], [], {})
     if rows.token_ids:
         yield _block(rows, packing, Position(rows.doc_ids[-1] + 1))
 
@@ -118,7 +123,7 @@ def _block(rows: _Rows, packing: Packing, end: Position) -> PackedBlock:
 
 def _tokenized(
     numbered: Iterable[tuple[int, Document]], tokenizer: Any, packing: Packing
-) -> Iterator[tuple[int, str, list[int]]]:
+) -> Generator[tuple[int, str, list[int]]]:
     """(doc_id, source, tokens with the separator) of each document; one that is empty or too short
     has no tokens. On a thread, so that a model on a GPU does not wait for its text."""
 
@@ -131,7 +136,8 @@ def _tokenized(
             for (doc_id, document), tokens in zip(group, ids, strict=True)
         ]
 
-    return itertools.chain.from_iterable(read_ahead(map(tokenized, _groups(numbered))))
+    with contextlib.closing(read_ahead(map(tokenized, _groups(numbered)))) as groups:
+        yield from itertools.chain.from_iterable(groups)
 
 
 def _groups(numbered: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:

@@ -88,8 +88,6 @@ class PoolProducer:
         if self._thread is not None:
             self._thread.join()
         self._thread, self._is_stopped = None, False
-        self._blocks.close()  # with the threads that read and tokenize ahead
-        self._blocks, self._blocks_at = _no_blocks(), None
 
     # -- the thread ------------------------------------------------------------------------------
 
@@ -117,6 +115,9 @@ class PoolProducer:
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
+        finally:
+            self._blocks.close()  # with the threads that read and tokenize ahead
+            self._blocks_at = None
 
     def _make(self, pool: int) -> None:
         """Write what a pool lacks, and enter it into the journal."""

@@ -4,8 +4,9 @@ The model runs in the calling thread. Encoded rows travel to a writer thread, wh
 writes them and commits each shard: writing never stalls the forward pass.
 """
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import cached_property
 from types import TracebackType
 from typing import NamedTuple
@@ -53,8 +54,8 @@ class Producer:
         """Where the text begins."""
         return Position(self.first_document)
 
-    def blocks(self, start: Position) -> Iterator[PackedBlock]:
-        """The blocks from `start` on, to the end of the text."""
+    def blocks(self, start: Position) -> Generator[PackedBlock]:
+        """The blocks from `start` on, to the end of the text. Who leaves them early closes them."""
         f = self.fingerprint
         return self._packed(start, f.rank, f.world_size)
 
@@ -113,13 +114,13 @@ class Producer:
     def _calibrated(self) -> dict[str, Calibration]:
         """Center and scales from the beginning of the text: the same for every rank."""
         f, samples = self.fingerprint, list[dict[str, Tensor]]()
-        blocks = self._packed(self.start, 0, 1)
-        for _ in range(-(-CALIBRATION_ROWS // (f.batch_blocks * f.ctx_len))):
-            if batch := list(itertools.islice(blocks, f.batch_blocks)):
-                samples.append(activations_of(self.lm, batch, list(f.hookpoints)))
+        with contextlib.closing(self._packed(self.start, 0, 1)) as blocks:
+            for _ in range(-(-CALIBRATION_ROWS // (f.batch_blocks * f.ctx_len))):
+                if batch := list(itertools.islice(blocks, f.batch_blocks)):
+                    samples.append(activations_of(self.lm, batch, list(f.hookpoints)))
         return {h: calibrate(torch.cat([s[h] for s in samples])) for h in f.hookpoints}
 
-    def _packed(self, start: Position, rank: int, world_size: int) -> Iterator[PackedBlock]:
+    def _packed(self, start: Position, rank: int, world_size: int) -> Generator[PackedBlock]:
         f = self.fingerprint
         packing = Packing(f.ctx_len, f.bos_id, f.separator_id, f.max_doc_tokens, f.min_doc_tokens)
         shift = self.first_document

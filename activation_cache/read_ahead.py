@@ -1,6 +1,6 @@
 """The next item is made on a thread while the last one is used; so are copies to a GPU."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -11,10 +11,11 @@ T = TypeVar("T")
 _END = object()
 
 
-def read_ahead(items: Iterable[T]) -> Iterator[T]:
+def read_ahead(items: Iterable[T]) -> Generator[T]:
     """The items, in order, each made while the one before it is used. Errors come where they would.
 
     Two items are in memory at a time at most, if the caller drops one before it asks for the next.
+    The thread ends with the generator: who may leave it early closes it.
     """
     iterator = iter(items)
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as thread:

@@ -6,6 +6,7 @@ says, or else its neighbours'. On the machine and with the libraries that made i
 the same bytes.
 """
 
+import contextlib
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -70,8 +71,8 @@ def make_again(store: Store, producer: Producer) -> Repaired:
         n_rows = _rows_of(shard, records, manifest, producer)
         plan = iter([ShardPlan(shard, n_rows)] if n_rows else [])
         made: list[ShardRecord] = []
-        blocks = producer.blocks(start)
-        producer.write_shards(store, plan, blocks, start, on_commit=made.append)
+        with contextlib.closing(producer.blocks(start)) as blocks:
+            producer.write_shards(store, plan, blocks, start, on_commit=made.append)
         if not made and max(records, default=-1) < shard:
             break  # it was the last one, and the text that is left lies in the one before
         if not made or made[0].end != _end_of(shard, records, made[0]):
@@ -169,8 +170,9 @@ def _rows_of(
         n_left = -(-(manifest.n_tokens_wanted - n_done) // ctx_len) * ctx_len
         return max(min(manifest.shard_rows, n_left), 0)
     n_left, end = 0, Position(*records[known].start)
-    for block in producer.blocks(_start_of(shard, records, producer)):
-        n_left += len(block.token_ids)
-        if block.end >= end:
-            break
+    with contextlib.closing(producer.blocks(_start_of(shard, records, producer))) as blocks:
+        for block in blocks:
+            n_left += len(block.token_ids)
+            if block.end >= end:
+                break
     return min(manifest.shard_rows, n_left - (known - shard - 1) * ctx_len)

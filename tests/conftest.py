@@ -3,7 +3,8 @@
 Nothing here needs the network, and all of it is made in a second or two.
 """
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +18,18 @@ from activation_cache import ActivationCache, LanguageModel, harvest
 # Other work on the machine must not fail a test.
 settings.register_profile("saebase", deadline=None)
 settings.load_profile("saebase")
+
+READING_AND_WRITING = ("read-ahead", "read_", "cache-writer", "remote")
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    """Threads of the cache end with what began them, in success and in error."""
+    before = set(threading.enumerate())
+    yield
+    left = {t.name for t in set(threading.enumerate()) - before}
+    assert not [name for name in left if name.startswith(READING_AND_WRITING)]
+
 
 _SUBJECTS = ["The river", "A small bird", "My neighbour", "The old engine", "Her brother", "Paris"]
 _VERBS = ["crosses", "remembers", "paints", "repairs", "forgets", "admires"]
