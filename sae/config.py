@@ -39,7 +39,44 @@ class SAEConfig(Config):
         return None
 
 
-class TrainConfig(Config):
+class LearningConfig(Config):
+    """What training and fine-tuning have in common."""
+
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="Adam's decay of the mean gradient.")
+    beta2: float = Field(
+        default=0.999, ge=0, lt=1, description="Adam's decay of the squared gradient."
+    )
+    max_grad_norm: float | None = Field(
+        default=1.0,
+        gt=0,
+        description="Gradients of a larger L2 norm are scaled down to it. None: never.",
+    )
+    calibration_rows: int = Field(
+        default=131_072,
+        gt=0,
+        description="Train rows for threshold, max_act and density at the end.",
+    )
+    max_skipped_batches: int = Field(
+        default=10,
+        gt=0,
+        description="Batches with NaN or Inf in a row, after which learning stops.",
+    )
+    keep_checkpoints: int = Field(default=2, gt=0, description="Newest checkpoints that are kept.")
+    log_every_steps: int = Field(default=10, gt=0, description="Steps between lines of metrics.")
+    kernels: Literal["auto", "torch", "compiled", "triton"] = Field(
+        default="auto", description="Tier of kernels. auto: the fastest that works here."
+    )
+    nominate_in: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
+        default="auto",
+        description="Precision that candidates for active features are found in; the choice is "
+        "made from float32 scores. auto: the fastest here.",
+    )
+    device: str | None = Field(
+        default=None, description="Torch device. None: cuda if there, else cpu."
+    )
+
+
+class TrainConfig(LearningConfig):
     """How an SAE is trained. None means: resolved at the start, and saved resolved."""
 
     n_steps: int | None = Field(
@@ -72,15 +109,6 @@ class TrainConfig(Config):
         description="adam: 16 bytes a parameter, gradient and weight included; adam_lean: 8, with "
         "gradients and their mean in bfloat16 and one second moment a feature.",
     )
-    beta1: float = Field(default=0.9, ge=0, lt=1, description="Adam's decay of the mean gradient.")
-    beta2: float = Field(
-        default=0.999, ge=0, lt=1, description="Adam's decay of the squared gradient."
-    )
-    max_grad_norm: float | None = Field(
-        default=1.0,
-        gt=0,
-        description="Gradients of a larger L2 norm are scaled down to it. None: never.",
-    )
     auxk_coefficient: float = Field(
         default=1 / 32,
         ge=0,
@@ -100,19 +128,7 @@ class TrainConfig(Config):
         gt=0,
         description="Rows that the input scale, variance and b_dec start from.",
     )
-    calibration_rows: int = Field(
-        default=131_072,
-        gt=0,
-        description="Train rows for threshold, max_act and density at the end.",
-    )
-    max_skipped_batches: int = Field(
-        default=10,
-        gt=0,
-        description="Batches with NaN or Inf in a row, after which training stops.",
-    )
     checkpoint_every_steps: int = Field(default=500, gt=0, description="Steps between checkpoints.")
-    keep_checkpoints: int = Field(default=2, gt=0, description="Newest checkpoints that are kept.")
-    log_every_steps: int = Field(default=10, gt=0, description="Steps between lines of metrics.")
     center: bool = Field(
         default=False,
         description="Take the rows' mean away before they are scaled: helps where a few channels "
@@ -131,20 +147,9 @@ class TrainConfig(Config):
     freeze_decoder: bool = Field(
         default=False, description="Leave W_dec at its random start: a baseline."
     )
-    kernels: Literal["auto", "torch", "compiled", "triton"] = Field(
-        default="auto", description="Tier of kernels. auto: the fastest that works here."
-    )
-    nominate_in: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
-        default="auto",
-        description="Precision that candidates for active features are found in; the choice is "
-        "made from float32 scores. auto: the fastest here.",
-    )
     seed: int = Field(default=0, ge=0, description="Seed of the start and of the order of rows.")
     data_seed: int | None = Field(
         default=None, ge=0, description="Seed of the order of rows, if another than seed."
-    )
-    device: str | None = Field(
-        default=None, description="Torch device. None: cuda if there, else cpu."
     )
 
     @model_validator(mode="after")

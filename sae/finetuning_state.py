@@ -15,7 +15,7 @@ from sae.autoencoder import SAE
 from sae.calibration import BATCH_ROWS, calibrate_threshold_
 from sae.checkpoints import Checkpoint
 from sae.codes import Codes
-from sae.config import Config
+from sae.config import LearningConfig
 from sae.errors import NonFiniteError
 from sae.kernels import kernels_of
 from sae.optimizer import Adam
@@ -26,7 +26,7 @@ from sae.sparsity import PenaltyConfig
 MATRICES, BIASES = ("W_enc", "W_dec"), ("b_enc", "b_dec")
 
 
-class FinetuneConfig(Config):
+class FinetuneConfig(LearningConfig):
     """How an SAE is fine-tuned through its model. None means: resolved at the start."""
 
     objective: Literal["kl", "ce"] = Field(
@@ -54,38 +54,10 @@ class FinetuneConfig(Config):
         lt=1,
         description="Part of the tokens over which lr rises; it then falls to zero.",
     )
-    beta1: float = Field(default=0.9, ge=0, lt=1, description="Adam's decay of the mean gradient.")
-    beta2: float = Field(
-        default=0.999, ge=0, lt=1, description="Adam's decay of the squared gradient."
-    )
-    max_grad_norm: float | None = Field(
-        default=1.0,
-        gt=0,
-        description="Gradients of a larger L2 norm are scaled down to it. None: never.",
-    )
     init_rows: int = Field(
         default=16_384, gt=0, description="Rows that units, variance and L0 are measured on."
     )
-    calibration_rows: int = Field(
-        default=131_072,
-        gt=0,
-        description="Train rows for threshold, max_act and density at the end.",
-    )
-    max_skipped_batches: int = Field(
-        default=10,
-        gt=0,
-        description="Batches with NaN or Inf in a row, after which fine-tuning stops.",
-    )
     checkpoint_every_steps: int = Field(default=100, gt=0, description="Steps between checkpoints.")
-    keep_checkpoints: int = Field(default=2, gt=0, description="Newest checkpoints that are kept.")
-    log_every_steps: int = Field(default=10, gt=0, description="Steps between lines of metrics.")
-    kernels: str = Field(default="auto", description="Tier of kernels. auto: the fastest here.")
-    nominate_in: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="Precision that candidates for active features are found in."
-    )
-    device: str | None = Field(
-        default=None, description="Torch device of the SAE. None: cuda if there, else cpu."
-    )
 
 
 @dataclasses.dataclass(frozen=True)
