@@ -5,10 +5,10 @@ killed leaves no lock behind.
 """
 
 import random
-import time
 
 from .failing_calls import KILL
 from .outcome import Broken, Outcome, Trial, tally
+from .races import race
 from .runs import Runs
 from .trainer import TrainJob
 from .workplace import Workplace, require_done, require_told
@@ -33,19 +33,10 @@ def _race(runs: Runs, rng: random.Random, is_stale: bool) -> bool:
         nth = rng.randint(6, len(whole.calls) // 2)  # the lock is taken
         if not runs.train(out, JOB, nth=nth, error=KILL).was_killed:
             raise Broken("the kill did not come")
-    start_at = time.monotonic() + 0.1
-    rivals = [
-        runs.start(out, JOB, start_at=start_at + rng.choice([0, 0, rng.random() / 500]))
-        for _ in range(2)
-    ]
-    results = [rival.wait() for rival in rivals]
-    won = [result.is_done and result.value > 0 for result in results]
-    if sum(won) == 1 and all(result.is_done for result in results):
-        return False  # one came when the other had ended: no race
-    if sum(won) != 1:
-        told = "; ".join(result.message for result in results if not result.is_done)
-        raise Broken(f"{sum(won)} of two trainers went on: {told}")
-    require_told(results[won.index(False)], "RunInUseError", out)
-    require_done(results[won.index(True)])
+    ended = race(rng, lambda start_at: runs.start(out, JOB, start_at=start_at))
+    if ended is None:
+        return False
+    require_told(ended.loser, "RunInUseError", out)
+    require_done(ended.winner)
     runs.require_whole(out, JOB)
     return True

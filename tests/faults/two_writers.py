@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from .outcome import Broken, Outcome, Trial, tally
+from .races import race
 from .workplace import LONG, Workplace, records, require_done, require_told
 
 
@@ -25,22 +26,12 @@ def run(place: Workplace, n: int, seed: int) -> Outcome:
 def _race(place: Workplace, rng: random.Random, is_stale: bool) -> bool:
     out = _killed_in(place, rng) if is_stale else place.new_path()
     acknowledged = records(out)
-    start_at = time.monotonic() + 0.15
-    rivals = [
-        place.start_harvest(out, LONG, start_at=start_at + rng.choice([0, 0, rng.random() / 500]))
-        for _ in range(2)
-    ]
-    results = [rival.wait() for rival in rivals]
-    won = [result.is_done and result.value > 0 for result in results]
-    if sum(won) == 1 and all(result.is_done for result in results):
-        return False  # one came when the other had ended: no race
-    if sum(won) != 1:
-        told = "; ".join(result.message for result in results if not result.is_done)
-        raise Broken(f"{sum(won)} of two writers went on: {told}")
-    winner, loser = rivals[won.index(True)], results[won.index(False)]
-    require_told(loser, "CacheBusy", out)
-    if f"process {winner.pid} " not in loser.message:
-        raise Broken(f"the loser does not name process {winner.pid}: {loser.message}")
+    ended = race(rng, lambda start_at: place.start_harvest(out, LONG, start_at=start_at))
+    if ended is None:
+        return False
+    require_told(ended.loser, "CacheBusy", out)
+    if f"process {ended.winner_pid} " not in ended.loser.message:
+        raise Broken(f"the loser does not name process {ended.winner_pid}: {ended.loser.message}")
     place.require_committed(out, LONG, acknowledged)
     require_done(place.harvest(out, LONG))
     place.require_whole(out, LONG)
