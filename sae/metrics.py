@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,6 +66,34 @@ class Metrics:
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
         return dataclasses.asdict(self)
+
+
+class Counted(Protocol):
+    """What a clock counts: rows trained on, and seconds over all resumptions."""
+
+    n_tokens: int
+    elapsed_s: float
+
+
+class Clock:
+    """Keeps a run's elapsed_s, and tells how fast it goes."""
+
+    def __init__(self, counted: Counted) -> None:
+        self._counted = counted
+        self._now_s = self._told_s = time.monotonic()
+        self._told_tokens = counted.n_tokens
+
+    def tick(self) -> None:
+        """Bring elapsed_s up to date."""
+        before_s, self._now_s = self._now_s, time.monotonic()
+        self._counted.elapsed_s += self._now_s - before_s
+
+    def tokens_per_s(self) -> float:
+        """Since it was last asked for; brings elapsed_s up to date too."""
+        self.tick()
+        n_tokens, seconds = self._counted.n_tokens - self._told_tokens, self._now_s - self._told_s
+        self._told_s, self._told_tokens = self._now_s, self._counted.n_tokens
+        return n_tokens / max(seconds, 1e-9)
 
 
 class ToDict(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from sae.autoencoder import SAE
 from sae.calibration import THRESHOLD_ROWS, calibrate_
 from sae.config import TrainConfig
 from sae.initialisation import input_statistics
-from sae.metrics import Metrics, MetricsLog
+from sae.metrics import Clock, Metrics, MetricsLog
 from sae.reading import batch_of, sample_batches, sample_rows, widths
 from sae.run_folder import RunFolder, RunPlan
 from sae.sources import ActivationSource
@@ -38,7 +37,7 @@ class Run:
         self.folder = folder
         self._source, self._state, self._log = source, state, log
         self._on_metrics = on_metrics
-        self._meter = _Meter(state)
+        self._clock = Clock(state.counters)
 
     @classmethod
     @contextmanager
@@ -74,7 +73,7 @@ class Run:
             return
         report = self._state.advance(batch_of(acts, self.folder.plan.wiring))
         if report is not None and (self.is_done or self.step % self.config.log_every_steps == 0):
-            metrics = self._meter.measure(report)
+            metrics = metrics_of(self._state, report, self._clock.tokens_per_s())
             if self._log is not None:
                 self._log.append(metrics)
                 if self._on_metrics is not None:
@@ -84,7 +83,7 @@ class Run:
 
     def checkpoint(self) -> None:
         """Save where the run stands."""
-        self._meter.track_time()
+        self._clock.tick()
         self.folder.checkpoint(self._state, self._log)
 
     def checkpoint_if_between_steps(self) -> None:
@@ -131,48 +130,25 @@ def started(source: ActivationSource, plan: RunPlan) -> TrainingState:
     )
 
 
-class _Meter:
-    """Turns step reports into metrics, and keeps the clock."""
-
-    def __init__(self, state: TrainingState) -> None:
-        self._state = state
-        self._clock_s = self._logged_s = time.monotonic()
-        self._logged_tokens = state.counters.n_tokens
-
-    def measure(self, report: StepReport) -> Metrics:
-        """Metrics of the step just taken."""
-        now_s = self.track_time()
-        state, counters, step = self._state, self._state.counters, report.step
-        n_tokens, seconds = counters.n_tokens - self._logged_tokens, now_s - self._logged_s
-        self._logged_s, self._logged_tokens = now_s, counters.n_tokens
-        return Metrics(
-            step=counters.step,
-            n_tokens=counters.n_tokens,
-            loss=float(step.loss),
-            penalty=float(step.penalty),
-            aux_loss=float(step.aux_loss),
-            fvu=float(step.squared_error) / self._deviation(report.y),
-            l0=report.l0,
-            dead_fraction=float(state.is_dead.double().mean()),
-            lr=report.lr,
-            coefficient=report.coefficient,
-            grad_norm=report.grad_norm,
-            n_skipped=counters.n_skipped,
-            tokens_per_s=n_tokens / max(seconds, 1e-9),
-            elapsed_s=counters.elapsed_s,
-        )
-
-    def track_time(self) -> float:
-        """Bring elapsed_s up to date. Returns: the clock."""
-        now_s = time.monotonic()
-        self._state.counters.elapsed_s += now_s - self._clock_s
-        self._clock_s = now_s
-        return now_s
-
-    def _deviation(self, y: Tensor) -> float:
-        """Summed squared deviation of all processes' targets from their mean."""
-        team = self._state.team
-        total, n_rows = y.sum(0), team.sum(len(y))
-        team.sum_(total)
-        deviation: Tensor = (y - total / n_rows).square().sum()
-        return team.sum(float(deviation))
+def metrics_of(state: TrainingState, report: StepReport, tokens_per_s: float) -> Metrics:
+    """Metrics of the step just taken. Under torch.distributed, of all processes together."""
+    counters, step, team = state.counters, report.step, state.team
+    total, n_rows = report.y.sum(0), team.sum(len(report.y))
+    team.sum_(total)
+    deviation = team.sum(float((report.y - total / n_rows).square().sum()))
+    return Metrics(
+        step=counters.step,
+        n_tokens=counters.n_tokens,
+        loss=float(step.loss),
+        penalty=float(step.penalty),
+        aux_loss=float(step.aux_loss),
+        fvu=float(step.squared_error) / deviation,
+        l0=report.l0,
+        dead_fraction=float(state.is_dead.double().mean()),
+        lr=report.lr,
+        coefficient=report.coefficient,
+        grad_norm=report.grad_norm,
+        n_skipped=counters.n_skipped,
+        tokens_per_s=tokens_per_s,
+        elapsed_s=counters.elapsed_s,
+    )
