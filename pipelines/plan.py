@@ -19,7 +19,7 @@ from activation_cache.formats import TOKEN_BYTES, row_bytes
 from activation_cache.loading import resolve_device, resolve_dtype
 from activation_cache.skeleton import ModelShape, model_shape
 from sae import TrainConfig
-from sae.kernels import kernels_of
+from sae.schedule import means_here
 from sae.training import RunSpec
 from sae.wiring import wiring_of
 
@@ -187,7 +187,7 @@ def _train_plan(
         checkpoints += of_this * spec.train_config.keep_checkpoints * 3
         scores = max(scores, 512.0 * spec.sae_config.d_sae * 4)
         n_rows = _trained_tokens(spec.train_config, config.harvest.n_tokens)
-        products = TRAIN_PRODUCTS[_precision(spec.train_config)]
+        products = TRAIN_PRODUCTS[means_here(spec.train_config)["nominate_in"]]
         seconds += n_rows * products * widths * spec.sae_config.d_sae / flops
     window = min(512e6, config.harvest.n_tokens * d_model * 2)
     n_tokens = max(_trained_tokens(s.train_config, config.harvest.n_tokens) for s in specs)
@@ -199,12 +199,6 @@ def _widths(spec: RunSpec, d_model: int) -> int:
     """Width of what is read and of what is written, together."""
     wiring = wiring_of(spec.hookpoint)
     return (len(wiring.reads) + len(wiring.writes)) * d_model
-
-
-def _precision(config: TrainConfig) -> str:
-    """That candidates are found in here."""
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return kernels_of(config.kernels, config.nominate_in, torch.device(device)).nominates_in
 
 
 def _trained_tokens(config: TrainConfig, n_cached: int) -> int:

@@ -39,6 +39,17 @@ class SAEConfig(Config):
         return None
 
 
+# Settings that may differ when a run goes on: they decide how often it is saved and, at most, how
+# results are rounded, so it may go on on another machine.
+FREE_SETTINGS = (
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+    "kernels",
+    "nominate_in",
+    "device",
+)
+
+
 class LearningConfig(Config):
     """What training and fine-tuning have in common."""
 

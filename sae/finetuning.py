@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from sae.autoencoder import SAE
 from sae.calibration import THRESHOLD_ROWS, calibrate_
 from sae.checkpoints import load_newest_checkpoint, save_checkpoint, sweep_checkpoints
+from sae.config import FREE_SETTINGS
 from sae.errors import ConfigError, SourceError, StorageError, TrainingStoppedError
+from sae.evaluating.held_out import require_fitting
 from sae.evaluating.splicing import batched_blocks
 from sae.finetuning_state import (
     FinetuneConfig,
@@ -32,19 +33,16 @@ from sae.finetuning_state import (
     Scales,
     hold_l0_,
 )
-from sae.kernels import kernels_of
-from sae.metrics import MetricsLog
+from sae.metrics import Clock, MetricsLog
 from sae.reading import sample_batches, sample_rows
 from sae.run_folder import LockedFolder
-from sae.schedule import LR_AT_16384
+from sae.schedule import default_lr, means_here
 from sae.sources import EvaluationSource, SplicedModel, TokenBlock
 from sae.storage import CONFIG_FILE, read_description, tensors_of
 from sae.team import Team
 from sae.wiring import wiring_of
 
 DEFAULTS = FinetuneConfig()
-# Settings that may differ when a run goes on: they don't change what it computes.
-FREE_SETTINGS = {"checkpoint_every_steps", "keep_checkpoints"}
 NAME = "finetuning"
 ORDER_SEED = 0  # of the rows that statistics are taken from
 
@@ -80,7 +78,7 @@ def finetune(
     StorageError.
     """
     hookpoint = _hookpoint(sae)
-    _require_fitting(sae, source, hookpoint)
+    require_fitting(sae, source, wiring_of(hookpoint))
     config = _resolved(config, sae)
     folder = FinetuneFolder(Path(out), sae, config)
     with folder.locked():
@@ -105,7 +103,7 @@ class FinetuneFolder(LockedFolder):
         self._sae, self._keep = sae, config.keep_checkpoints
         self.settings = {
             "sae_sha256": _hash(sae),
-            **config.model_dump(mode="json", exclude=FREE_SETTINGS),
+            **config.model_dump(mode="json", exclude=set(FREE_SETTINGS)),
         }
 
     def finished(self) -> FinetuneResult | None:
@@ -161,8 +159,7 @@ class _Run:
         on_metrics: Callable[[FinetuneMetrics], None] | None,
     ) -> None:
         self._folder, self.state, self._log, self._on_metrics = folder, state, log, on_metrics
-        self._clock_s = self._logged_s = time.monotonic()
-        self._logged_tokens = state.position.n_tokens
+        self._clock = Clock(state.position)
         self._saved_step = state.position.step
 
     def take(self, lm: SplicedModel, hookpoint: str, blocks: list[TokenBlock]) -> None:
@@ -178,31 +175,23 @@ class _Run:
     def checkpoint(self) -> None:
         """Save where fine-tuning stands, once a step and never in the middle of one."""
         if self.state.is_between_steps and self.state.position.step != self._saved_step:
-            self._track_time()
+            self._clock.tick()
             self._folder.checkpoint(self.state, self._log)
             self._saved_step = self.state.position.step
 
     def _tell(self, found: dict[str, float]) -> None:
-        now_s, position = self._track_time(), self.state.position
-        n_tokens, seconds = position.n_tokens - self._logged_tokens, now_s - self._logged_s
-        self._logged_s, self._logged_tokens = now_s, position.n_tokens
+        tokens_per_s, position = self._clock.tokens_per_s(), self.state.position
         metrics = FinetuneMetrics(
             step=position.step,
             n_tokens=position.n_tokens,
             n_skipped=position.n_skipped,
-            tokens_per_s=n_tokens / max(seconds, 1e-9),
+            tokens_per_s=tokens_per_s,
             elapsed_s=position.elapsed_s,
             **found,
         )
         self._log.append(metrics)
         if self._on_metrics is not None:
             self._on_metrics(metrics)
-
-    def _track_time(self) -> float:
-        now_s = time.monotonic()
-        self.state.position.elapsed_s += now_s - self._clock_s
-        self._clock_s = now_s
-        return now_s
 
 
 def _loop(
@@ -291,32 +280,9 @@ def _hookpoint(sae: SAE) -> str:
     return sae.hookpoint
 
 
-def _require_fitting(sae: SAE, source: EvaluationSource, hookpoint: str) -> None:
-    if (width := source.d_model(hookpoint)) != sae.d_model:
-        raise SourceError(
-            f"the source holds d_model={width} at {hookpoint}; this SAE expects {sae.d_model}. "
-            "Give the matching cache, or harvest again"
-        )
-    found, trained = (
-        each.get("model") for each in (source.provenance(hookpoint), sae.origin.provenance)
-    )
-    if found and trained and found != trained:
-        raise SourceError(
-            f"the source was harvested from {found}; this SAE was trained on {trained}. Give the "
-            "matching cache, or harvest again"
-        )
-
-
 def _resolved(config: FinetuneConfig, sae: SAE) -> FinetuneConfig:
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kernels = kernels_of(config.kernels, config.nominate_in, torch.device(device))
-    resolved: dict[str, Any] = {
-        "lr": config.lr or LR_AT_16384 / (sae.d_sae / 16384) ** 0.5,
-        "device": device,
-        "kernels": kernels.name,
-        "nominate_in": kernels.nominates_in,
-    }
-    return config.model_copy(update=resolved)
+    lr = config.lr or default_lr(sae.d_sae)
+    return config.model_copy(update={"lr": lr, **means_here(config)})
 
 
 def _copy(sae: SAE, config: FinetuneConfig) -> SAE:

@@ -19,7 +19,7 @@ from sae.checkpoints import (
     save_checkpoint,
     sweep_checkpoints,
 )
-from sae.config import SAEConfig, TrainConfig
+from sae.config import FREE_SETTINGS, SAEConfig, TrainConfig
 from sae.errors import ResumeMismatchError, RunInUseError
 from sae.metrics import Metrics, MetricsLog, last_metrics
 from sae.sources import ActivationSource
@@ -33,15 +33,6 @@ logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
 LOCK_FILE = ".lock"
-# Settings that may differ when a run goes on: they don't change what it computes.
-FREE_SETTINGS = (
-    "checkpoint_every_steps",
-    "keep_checkpoints",
-    # These decide how results are rounded, at most: a run may go on on another machine.
-    "kernels",
-    "nominate_in",
-    "device",
-)
 
 
 class RunPlan(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sae.config import SAEConfig, TrainConfig
+from sae.config import LearningConfig, SAEConfig, TrainConfig
 from sae.errors import ConfigError, SourceError
 from sae.kernels import kernels_of
 from sae.reading import widths
@@ -36,23 +36,34 @@ def resolve(
             "a stream of activations has no length: say how long to train, with n_tokens or n_steps"
         )
     _require_alignable(config, wiring)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     n_tokens = config.n_tokens or (n_rows or 0) // config.batch_size * config.batch_size
     n_steps = config.n_steps or math.ceil(n_tokens / config.batch_size)
     warmup_steps = min(1000, n_steps // 20) if config.warmup_steps is None else config.warmup_steps
-    kernels = kernels_of(config.kernels, config.nominate_in, torch.device(device))
     resolved: dict[str, Any] = {
         "n_steps": n_steps,
         "n_tokens": None,
-        "lr": config.lr or LR_AT_16384 / math.sqrt(sae_config.d_sae / 16384),
+        "lr": config.lr or default_lr(sae_config.d_sae),
         "warmup_steps": warmup_steps,
         "k_aux": config.k_aux or max(1, sum(widths(source, wiring.writes)) // 2),
-        "device": device,
-        "kernels": kernels.name,
-        "nominate_in": kernels.nominates_in,
         "data_seed": config.seed if config.data_seed is None else config.data_seed,
+        **means_here(config),
     }
     return config.model_copy(update=resolved)
+
+
+def default_lr(d_sae: int) -> float:
+    """The learning rate of an SAE whose user named none."""
+    return LR_AT_16384 / math.sqrt(d_sae / 16384)
+
+
+def means_here(config: LearningConfig) -> dict[str, str]:
+    """What device, kernels and nominate_in come to on this machine.
+
+    Raises: ConfigError if it hasn't what is asked for.
+    """
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kernels = kernels_of(config.kernels, config.nominate_in, torch.device(device))
+    return {"device": device, "kernels": kernels.name, "nominate_in": kernels.nominates_in}
 
 
 def _n_rows(source: ActivationSource, wiring: Wiring, batch_size: int) -> int | None:

@@ -124,6 +124,7 @@ def _loop(
 ) -> None:
     """Read, step, track, save."""
     team, hookpoints = Team(), shared_hookpoints([run.folder.plan.wiring for run in runs])
+    n_rows_saved = 0
     with _checkpoints_on_error(runs):
         for step, acts in _read(source, runs, hookpoints, team):
             for run in runs:
@@ -134,7 +135,9 @@ def _loop(
                     run.checkpoint()
             # A run that is done needs nothing any more, however early that was.
             saved = [run.folder.saved_step for run in runs if not run.is_done] or [step + 1]
-            source.release(min(saved) * runs[0].config.batch_size, hookpoints)
+            if (n_rows := min(saved) * runs[0].config.batch_size) > n_rows_saved:
+                source.release(n_rows, hookpoints)
+                n_rows_saved = n_rows
             if all(run.is_done for run in runs):
                 return
             if should_stop is not None and team.any(should_stop()):

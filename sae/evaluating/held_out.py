@@ -69,22 +69,27 @@ def fitting_wiring(sae: SAE, source: EvaluationSource, hookpoint: str | None) ->
     wiring = wiring_of(hookpoint) if hookpoint else sae.wiring
     if wiring is None:
         raise SourceError("this SAE doesn't say where it was trained; give hookpoint")
+    _require_same_split(source.provenance(wiring.hookpoints[0]), sae.origin.provenance)
+    require_fitting(sae, source, wiring)
+    return wiring
+
+
+def require_fitting(sae: SAE, source: EvaluationSource, wiring: Wiring) -> None:
+    """Raises: SourceError if rows of the source can't be what an SAE takes, by width or model."""
     found_widths = [sum(widths(source, each)) for each in (wiring.reads, wiring.writes)]
     provenance = source.provenance(wiring.hookpoints[0])
-    _require_same_split(provenance, sae.origin.provenance)
     found, expected = provenance.get("model"), sae.origin.provenance.get("model")
     if found_widths != [sae.d_model, sae.d_out]:
         raise SourceError(
-            f"the source holds d_model={found_widths[0]} ({found or 'unknown model'}, "
-            f"{wiring.name}); this SAE expects {sae.d_model}. Give the matching cache, or harvest "
-            "again"
+            f"the source holds d_model={found_widths[0]} at {wiring.name} "
+            f"({found or 'unknown model'}); this SAE expects {sae.d_model}. Give the matching "
+            "cache, or harvest again"
         )
     if found and expected and found != expected:
         raise SourceError(
             f"the source was harvested from {found}; this SAE was trained on {expected}. Give the "
             "matching cache, or harvest again"
         )
-    return wiring
 
 
 def _require_same_split(found: dict[str, Any], trained: dict[str, Any]) -> None:
