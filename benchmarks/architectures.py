@@ -1,21 +1,24 @@
 """Every architecture on the same activations at equal L0, over several seeds: what to choose.
 
-    python benchmarks/architectures.py --acts demo/acts [--seeds 0 1 2] [--steps 450] [--markdown]
+    python benchmarks/architectures.py --acts demo/acts [--model demo] [--seeds 0 1 2] [--steps 450]
 
-All are trained side by side from one read, then evaluated on held-out documents. Spread is the
-range over seeds; stability is how well features of one seed are found again in the others.
+Each is trained, then evaluated on held-out documents; interrupted, the same call goes on. Figures
+are means over seeds, with the range; stability is how well features of one seed are found again in
+the others. With --model also: how much of the cross-entropy is recovered with x_hat in the place of
+x (all SAEs on the same tokens), accuracy of probes on one feature, and feature absorption.
 """
 
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from machine import arguments, show
 
-from activation_cache import ActivationCache
+from activation_cache import ActivationCache, LanguageModel
+from pipelines.probe_labels import probe_labels
 from sae import SAE, EvalConfig, Report, TrainConfig, evaluate
 from sae.architectures import (
     BatchTopKConfig,
@@ -27,7 +30,12 @@ from sae.architectures import (
     TopKConfig,
 )
 from sae.config import SAEConfig
+from sae.evaluating.cross_entropy import measure_losses, recovered, sae_and_ablations
+from sae.evaluating.labelled import LabelledRows
+from sae.evaluating.splicing import Replacement
+from sae.reading import sample_rows
 from sae.training import RunSpec, train_many
+from sae.wiring import wiring_of
 
 Variant = tuple[SAEConfig, dict[str, Any]]
 
@@ -65,21 +73,66 @@ def matched(first: SAE, second: SAE) -> float:
     return float((first.W_dec @ second.W_dec.T).amax(1).mean())
 
 
-def row(name: str, saes: list[SAE], reports: list[Report], seconds: list[float]) -> dict[str, Any]:
-    """One line of the table."""
-    pairs = [(a, b) for i, a in enumerate(saes) for b in saes[:i]]
-    return {
-        "what": name,
-        "L0": _spread([each.l0 for each in reports], 1),
-        "FVU": _spread([each.fvu for each in reports], 4),
-        "dead": _spread([float(each.n_dead) for each in reports], 0),
-        "dense": _spread([float(each.n_dense) for each in reports], 0),
-        "stability": _spread([matched(a, b) for a, b in pairs], 3) if pairs else "",
-        "s": _spread(seconds, 0),
-    }
+class Results(NamedTuple):
+    """Of one variant, seed by seed. recovered: of the cross-entropy, if there is a model."""
+
+    saes: list[SAE]
+    reports: list[Report]
+    seconds: list[float]
+    recovered: list[float]
+
+    def row(self, name: str) -> dict[str, Any]:
+        """One line of the table."""
+        pairs = [(a, b) for i, a in enumerate(self.saes) for b in self.saes[:i]]
+        reports = self.reports
+        probings = [each.probing.features["1"].accuracy for each in reports if each.probing]
+        absorptions = [each.absorption.fraction for each in reports if each.absorption]
+        return {
+            "what": name,
+            "L0": _spread([each.l0 for each in reports], 1),
+            "FVU": _spread([each.fvu for each in reports], 4),
+            "recovered": _spread(self.recovered, 4),
+            "dead": _spread([float(each.n_dead) for each in reports], 0),
+            "dense": _spread([float(each.n_dense) for each in reports], 0),
+            "stability": _spread([matched(a, b) for a, b in pairs], 3),
+            "probes": _spread(probings, 3),
+            "absorption": _spread(absorptions, 3),
+            "s": _spread(self.seconds, 0),
+        }
+
+
+def labelled_rows(
+    lm: LanguageModel, acts: ActivationCache, hookpoint: str, config: EvalConfig
+) -> LabelledRows:
+    """Held-out rows with labels of their tokens."""
+    texts = lm.token_strings(range(lm.vocab_size))
+    return probe_labels(acts, hookpoint, texts, config.n_probe_rows, config.split)
+
+
+def all_recovered(
+    lm: LanguageModel,
+    acts: ActivationCache,
+    hookpoint: str,
+    results: dict[str, Results],
+    config: EvalConfig,
+) -> None:
+    """Fill in how much of the cross-entropy each SAE recovers: one pass of the model for each."""
+    mean = sample_rows(acts, wiring_of(hookpoint), config.baseline_rows, seed=config.seed).x.mean(0)
+    replacements: dict[str, Replacement] = {}
+    for name, each in results.items():
+        for i, sae in enumerate(each.saes):
+            spliced = sae_and_ablations(sae, mean)
+            replacements |= {f"{name} {i}": spliced.pop("spliced"), **spliced}
+    max_norm = acts.max_norm(hookpoint)
+    losses = measure_losses(lm, acts, wiring_of(hookpoint), replacements, max_norm, config)
+    for name, each in results.items():
+        found = [recovered(losses, f"{name} {i}") for i in range(len(each.saes))]
+        each.recovered.extend(value for value in found if value is not None)
 
 
 def _spread(values: list[float], digits: int) -> str:
+    if not values:
+        return ""
     if len(values) == 1:
         return f"{values[0]:,.{digits}f}"
     middle = statistics.mean(values)
@@ -89,6 +142,8 @@ def _spread(values: list[float], digits: int) -> str:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--acts", required=True)
+    parser.add_argument("--model", help="what the activations are of")
+    parser.add_argument("--lm-tokens", type=int, default=4096, help="that are predicted")
     parser.add_argument("--hookpoint", default="layers.15.resid_post")
     parser.add_argument("--d-sae", type=int, default=4608)
     parser.add_argument("--k", type=int, default=32)
@@ -107,15 +162,19 @@ def main() -> None:
     settings = TrainConfig(
         n_steps=args.steps, batch_size=args.batch, lr=args.lr, dead_after_tokens=200_000
     )
-    saes, reports, seconds = defaultdict(list), defaultdict(list), defaultdict(list)
+    config = EvalConfig(n_lm_tokens=args.lm_tokens, n_probe_rows=16_384 if args.model else 0)
+    lm = LanguageModel.load(args.model, device="cpu", dtype="bfloat16") if args.model else None
+    labelled = labelled_rows(lm, acts, args.hookpoint, config) if lm else None
+    results: dict[str, Results] = defaultdict(lambda: Results([], [], [], []))
     for spec in specs(args.hookpoint, chosen, settings, args.seeds, args.out):
-        result = train_many(acts, [spec])[0]
-        name = result.path.name.rpartition(", seed")[0]
-        saes[name].append(result.sae)
-        reports[name].append(evaluate(result.sae, acts, config=EvalConfig()))
-        seconds[name].append(result.metrics.elapsed_s if result.metrics else 0.0)
-    rows = [row(name, saes[name], reports[name], seconds[name]) for name in saes]
-    show("architectures", rows, args.json)
+        run = train_many(acts, [spec])[0]
+        each = results[run.path.name.rpartition(", seed")[0]]
+        each.saes.append(run.sae)
+        each.reports.append(evaluate(run.sae, acts, config=config, labelled=labelled))
+        each.seconds.append(run.metrics.elapsed_s if run.metrics else 0.0)
+    if lm:
+        all_recovered(lm, acts, args.hookpoint, results, config)
+    show("architectures", [each.row(name) for name, each in results.items()], args.json)
 
 
 if __name__ == "__main__":
