@@ -7,11 +7,12 @@
 Alone it measures our own step, on any device. `--peers` sets it against the peers'
 (train_peers.py), `--sizes` measures it over d_sae and k (train_sizes.py); both on the CPU.
 
-Rows are random with a few heavy directions; time does not depend on what they mean. A step is what
-`train` does between reading a batch and writing metrics: select, decode, gradients, clip, Adam,
-renormalise.
+Rows are the cache's or, without one, random with a few heavy directions. A step is what `train`
+does between reading a batch and writing metrics: selecting, decoding, gradients, clipping, Adam,
+renormalising.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,26 @@ from sae.reading import Batch
 from sae.schedule import resolve
 from sae.training_state import TrainingState
 
+# Batches that follow one another: a step on the one before it again would be another one's.
+N_BATCHES = 16
 KINDS = {"batch_topk": BatchTopKConfig, "topk": TopKConfig}
 
 
 def state(config: SAEConfig, settings: TrainConfig, x: torch.Tensor) -> TrainingState:
-    """A training state after a few steps, so that the start's dense codes are over."""
-    resolved = resolve(settings, config, TensorSource(x), "x")
-    widths = (x.shape[1],)
-    made = TrainingState.start(config, resolved, input_statistics(Batch(x, x), widths, widths))
-    for _ in range(5):
-        made.advance(Batch(x, x))
+    """A training state after a step on each of the batches x [n, batch, d_model], so that the
+    start's dense codes are over."""
+    rows, widths = x.flatten(0, 1), (x.shape[2],)
+    resolved = resolve(settings, config, TensorSource(rows), "x")
+    statistics = input_statistics(Batch(x[0], x[0]), widths, widths)
+    made = TrainingState.start(config, resolved, statistics)
+    for batch in x:
+        made.advance(Batch(batch, batch))
     return made
+
+
+def advance(state: TrainingState, x: torch.Tensor) -> object:
+    """A step on a batch."""
+    return state.advance(Batch(x, x))
 
 
 def synchronized(result: object) -> object:
@@ -51,12 +61,12 @@ def synchronized(result: object) -> object:
 
 def alone(args: Any, d_sae: int) -> None:
     """Our step in every mode, in this process."""
-    x = batches_of(args.acts, 1, args.batch, args.d_model)[0].to(args.device)
+    x = batches_of(args.acts, N_BATCHES, args.batch, args.d_model).to(args.device)
     W_enc = torch.randn(args.d_model, d_sae, device=args.device)
     settings = TrainConfig(n_steps=1000, batch_size=args.batch, lr=1e-3, warmup_steps=0)
     # No feature dies, so AuxK costs nothing here.
     settings = settings.model_copy(update={"dead_after_tokens": 10**12, "device": args.device})
-    candidates = {"float32 encoder product": lambda: synchronized(x @ W_enc)}
+    candidates = {"float32 encoder product": lambda: synchronized(x[0] @ W_enc)}
     for architecture, kind in KINDS.items():
         for mode in our_modes(architecture):
             if args.device != "cpu" and mode.settings.get("nominate_in") == "bfloat16":
@@ -65,7 +75,8 @@ def alone(args: Any, d_sae: int) -> None:
             trained = state(kind(d_sae=d_sae, k=args.k), chosen, x)
             name = kind.__name__.removesuffix("Config")
             step = f"{name} step, {mode.name}"
-            candidates[step] = lambda t=trained: synchronized(t.advance(Batch(x, x)))
+            batches = itertools.cycle(x)
+            candidates[step] = lambda t=trained, b=batches: synchronized(advance(t, next(b)))
     seconds = in_turn(candidates, max(args.repeat, 5))
     product = seconds["float32 encoder product"]
     results = [

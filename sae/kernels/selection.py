@@ -23,6 +23,8 @@ TILE_BYTES = 64 * 2**20
 # Candidates of a choice over the batch start at this fraction of the expected threshold: low
 # enough that a step's drift doesn't pass it, high enough that few candidates are superfluous.
 CANDIDATE_MARGIN = 0.95
+# Rows that a guess at that threshold is made from.
+GUESS_ROWS = 128
 # Scores that are compared by their maximum alone first: see largest_of_rows.
 GROUP_SIZE = 8
 
@@ -153,8 +155,8 @@ def _falling_thresholds(pre_acts: PreActs, n_keep: int, expected: float) -> Iter
 
 
 def _guess_smallest(pre_acts: PreActs, n_keep: int) -> float:
-    """The smallest act that would be kept if the first tile's rows were the whole batch."""
-    for _, scores in pre_acts.tiles():
+    """The smallest act that would be kept if the first rows were the whole batch."""
+    for _, scores in pre_acts._replace(x=pre_acts.x[:GUESS_ROWS]).tiles():
         n_kept = max(1, n_keep * len(scores) // len(pre_acts.x))
         if n_kept >= scores.numel():
             return 0.0

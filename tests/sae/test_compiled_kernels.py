@@ -153,7 +153,7 @@ def test_a_sample_that_misleads_is_found_out(kernels: CompiledKernels) -> None:
     """Features that the first cut is guessed from are strong, and all others weak."""
     pre_acts = make(Case(n_rows=64, d_sae=6000))
     n_panels = 6000 // 48
-    is_sampled = torch.arange(6000) % n_panels < 11
+    is_sampled = torch.arange(6000) % n_panels < 3
     W = torch.where(is_sampled.unsqueeze(1), pre_acts.W, 0.01 * pre_acts.W)
     for misleading in (W, torch.where(is_sampled.unsqueeze(1), 0.01 * pre_acts.W, pre_acts.W)):
         hard = pre_acts._replace(W=misleading)
@@ -305,6 +305,18 @@ def test_without_a_compiler_plain_torch_is_used(
     assert kernels_of("auto", "auto", CPU).name == "torch"
     with pytest.raises(ConfigError, match=r"no C\+\+ compiler|this CPU has no"):
         kernels_of("compiled", "auto", CPU)
+
+
+def test_processors_without_bfloat16_choose_alike(
+    no_library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-mno-avx512bf16"))
+    if (missing := CompiledKernels.missing(CPU)) is not None:
+        pytest.skip(missing)
+    for case in (CASES["close"], CASES["widths that nothing divides"]):
+        pre_acts = make(case)
+        found = CompiledKernels("int8").top_k_of_rows(pre_acts, 5)
+        assert_same_choice(found, top_k_of_rows(pre_acts, 5))
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ struct Block {
         for (int64_t i = 0; i < padded(n_rows); ++i) pack(x, channels, i);
     }
     static int64_t padded(int64_t n) { return (n + ROW_GROUP - 1) / ROW_GROUP * ROW_GROUP; }
-    int64_t n_quads() const { return (d + 3) / 4; }
+    int64_t n_quads() const { return n_mixed(d) / 4; }
     int64_t stride() const { return capacity + LANES; }
 
     const float *estimates_of(int64_t row) const { return estimates.get() + row * stride(); }

@@ -6,9 +6,11 @@
 
 #include <atomic>
 #include <memory>
+#include <mutex>
 #include <numeric>
 
 #include "product.h"
+#include "wide_row.h"
 
 using namespace saebase;
 
@@ -16,7 +18,7 @@ namespace {
 
 constexpr int64_t BLOCK_ROWS = 256;
 // Features that a row's first guess at its k-th largest score comes from.
-constexpr int64_t SAMPLE_PANELS = 11;
+constexpr int64_t SAMPLE_PANELS = 3;
 // More rows than this part of the batch with too many candidates: the dense product is faster.
 constexpr int64_t DENSE_PART = 16;
 
@@ -95,27 +97,6 @@ float value_that_k_reach(const float *values, int64_t n, int64_t k, int64_t k_mo
     return low;
 }
 
-float dot_low(const float *x, const uint16_t *low, int64_t n) {
-    __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(),
-                      _mm512_setzero_ps()};
-    auto widen = [](__m256i part) {
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(part), 16));
-    };
-    int64_t i = 0;
-    for (; i + 4 * LANES <= n; i += 4 * LANES)
-        for (int j = 0; j < 4; ++j) {
-            auto part = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(low + i + j * LANES));
-            sums[j] = _mm512_fmadd_ps(_mm512_loadu_ps(x + i + j * LANES), widen(part), sums[j]);
-        }
-    for (; i < n; i += LANES) {
-        auto lanes = first_lanes(n - i);
-        sums[0] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(lanes, x + i),
-                                  widen(_mm256_maskz_loadu_epi16(lanes, low + i)), sums[0]);
-    }
-    return _mm512_reduce_add_ps(
-        _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
-}
-
 // Places of vectors' values from low on and below high: n_found of them, ascending.
 int64_t find_between(const float *values, int64_t n, float low, float high, int32_t *found) {
     __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -152,15 +133,30 @@ struct Looks {
 void look_closer(const Problem &problem, const Encoder &by, const Block &block, Looks &looks) {
     int64_t n = looks.size(), d = problem.d;
     looks.lower.resize(n + LANES), looks.upper.resize(n + LANES);
-    auto low_of = [&](int64_t place) { return by.low.get() + by.feature_at(place) * d; };
-    for (int64_t i = 0; i < n; ++i) {
-        if (i + AHEAD < n) prefetch(low_of(looks.places[i + AHEAD]), d * 2);
-        int64_t row = looks.rows[i], place = looks.places[i];
-        float score = dot_low(problem.x + block.rows[row] * d, low_of(place), d) + by.bias[place];
-        float slack = block.norm[row] *
-                      (by.low_error[place] + by.norm[place] * float(d + 64) * 0x1p-22f);
-        looks.lower[i] = score - slack - 2.001f * by.slack[place];
-        looks.upper[i] = score + slack;
+    auto low_of = [&](int64_t i) {
+        return by.low.get() + by.feature_at(looks.places[std::min(i, n - 1)]) * d;
+    };
+    WideRow x(d);
+    for (int64_t first = 0; first < n;) {
+        int64_t row = looks.rows[first], last = looks.starts[row + 1];
+        x.load(problem.x + block.rows[row] * d);
+        for (; first < last; first += LOOKS_AT_ONCE) {
+            for (int64_t i = first + AHEAD; i < first + AHEAD + LOOKS_AT_ONCE; ++i)
+                prefetch(low_of(i), d * 2);
+            const uint16_t *of[LOOKS_AT_ONCE];
+            float scores[LOOKS_AT_ONCE];
+            for (int64_t j = 0; j < LOOKS_AT_ONCE; ++j) of[j] = low_of(std::min(first + j, last - 1));
+            x.dots(of, scores);
+            for (int64_t i = first; i < std::min(first + LOOKS_AT_ONCE, last); ++i) {
+                int64_t place = looks.places[i];
+                float score = scores[i - first] + by.bias[place];
+                float slack = block.norm[row] *
+                              (by.low_error[place] + by.norm[place] * float(d + 64) * 0x1p-22f);
+                looks.lower[i] = score - slack - 2.001f * by.slack[place];
+                looks.upper[i] = score + slack;
+            }
+        }
+        first = last;
     }
 }
 
@@ -371,6 +367,22 @@ void select_rows(const Problem &problem, const Channels &channels, const Encoder
     }
 }
 
+// The last encoder's memory: fresh pages cost as much as what is written there.
+std::mutex kept_guard;
+std::unique_ptr<Encoder> kept_encoder;
+
+std::unique_ptr<Encoder> take_encoder(int64_t n_features, int64_t d) {
+    std::lock_guard<std::mutex> lock(kept_guard);
+    auto found = std::move(kept_encoder);
+    if (found && found->n_features == n_features && found->d == d) return found;
+    return std::make_unique<Encoder>(n_features, d);
+}
+
+void keep_encoder(std::unique_ptr<Encoder> encoder) {
+    std::lock_guard<std::mutex> lock(kept_guard);
+    kept_encoder = std::move(encoder);
+}
+
 }  // namespace
 
 // Selects the k largest positive scores of each row or, if k is 0, all above their threshold.
@@ -384,7 +396,8 @@ EXPORT int64_t sae_select(const float *x, const float *W, const float *b, const 
     if (!is_finite(x, n_rows * d)) return -1;
     move_to_large_pages(W, n_features * d * 4);
     Channels channels(x, n_rows, d);
-    Encoder by(n_features, d);
+    auto kept = take_encoder(n_features, d);
+    Encoder &by = *kept;
     if (!pack(by, channels, W, b, thresholds, threshold_stride, n_threads)) return -1;
     auto made = std::make_unique<Selection>(n_rows);
     int64_t capacity = std::max(std::clamp<int64_t>(n_features / 4, 2048, 4096), 8 * k);
@@ -397,6 +410,7 @@ EXPORT int64_t sae_select(const float *x, const float *W, const float *b, const 
                 select_rows(problem, channels, by, first, std::min(n_rows, first + BLOCK_ROWS),
                             workspace, *made);
     }
+    keep_encoder(std::move(kept));
     if (made->n_dense > made->most_dense()) return -2;
     int64_t n = 0;
     for (const auto &span : made->of_row) n += span.n;
