@@ -1,13 +1,15 @@
 """SAELens' trainer beside ours on known features: same rows in the same order, scored alike.
 
     benchmarks/peers/make_env.sh sae-lens
-    python benchmarks/synthetic_peers.py --threads 1 [--worlds saebase sae-lens] [--json]
+    python benchmarks/synthetic_peers.py --threads 1 --worlds saebase
+    python benchmarks/synthetic_peers.py --threads 1 --worlds sae-lens --k 11 --n-steps 800
 
 A world is made by our generator or by SAELens' own, once for each seed, and its rows are written to
 disk; both trainers read them in that order. Architecture, d_sae, k, batch, steps, Adam, warm-up,
 decay and after how many rows a feature is dead are the same; all else is each trainer's own. The
 first seed is trained at every learning rate; the others at the one of the best `matched_cosine`.
-Every SAE is scored by `sae.synthetic` and, columns "their ...", by `sae_lens.synthetic`.
+"sae-lens scaled" has SAELens scale rows to norm sqrt(d_model) first, as ours does. Every SAE is
+scored by `sae.synthetic` and, columns "their ...", by `sae_lens.synthetic`.
 """
 
 import argparse
@@ -221,18 +223,18 @@ def loaded(path: Path, architecture: str, k: int) -> SAE:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--worlds", nargs="+", default=[OURS, PEER], choices=[OURS, PEER])
-    parser.add_argument("--architectures", nargs="+", default=["batch_topk", "topk"])
+    parser.add_argument("--architectures", nargs="+", default=["batch_topk"])
     trainers = [OURS, PEER, f"{PEER} scaled"]
-    parser.add_argument("--trainers", nargs="+", default=trainers, choices=trainers)
+    parser.add_argument("--trainers", nargs="+", default=trainers[:2], choices=trainers)
     parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--n-features", type=int, default=2048)
     parser.add_argument("--d-model", type=int, default=256)
     parser.add_argument("--d-sae", type=int, default=2048)
     parser.add_argument("--k", type=int, default=20)
-    parser.add_argument("--n-steps", type=int, default=800)
-    parser.add_argument("--batch-size", type=int, default=1024)
-    parser.add_argument("--n-heldout-rows", type=int, default=32_768)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--n-steps", type=int, default=2400)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--n-heldout-rows", type=int, default=16_384)
+    parser.add_argument("--seeds", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows: list[dict[str, Any]] = []
@@ -243,12 +245,16 @@ def main() -> None:
                 bench = Bench(maker, seed, Path(folder), args)
                 for each in [(t, a) for a in args.architectures for t in args.trainers]:
                     lrs = [best[each]] if each in best else args.lrs
-                    trained = [bench.row(*each, lr) for lr in lrs]
+                    trained = [shown(bench.row(*each, lr)) for lr in lrs]
                     best[each] = max(trained, key=lambda row: row["matched_cosine"])["lr"]
                     rows += trained
-                    for row in trained:  # a run takes long: show what there is
-                        print(json.dumps(row), file=sys.stderr, flush=True)
     show(f"synthetic --peers: {args.n_features:,} features, {args.n_steps} steps", rows, args.json)
+
+
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, printed: all of them take long."""
+    print(json.dumps(row), file=sys.stderr, flush=True)
+    return row
 
 
 if __name__ == "__main__":
