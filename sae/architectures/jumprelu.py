@@ -34,6 +34,14 @@ class JumpReLUConfig(PenaltyConfig):
         description="Width of the window around the threshold that its gradient comes from; 1 is "
         "about the standard deviation of a random direction's pre-activations.",
     )
+    window_fraction: float = Field(
+        default=0.125,
+        gt=0,
+        le=1,
+        description="Part of a batch's rows whose windows gradients are estimated from; the others "
+        "count for features that are active. 1: all rows, as in the sources, at several times the "
+        "cost of a step: a wide window holds a third of all features.",
+    )
     threshold_init: float = Field(
         default=1.0, gt=0, description="Thresholds' start, in the same unit."
     )
@@ -53,6 +61,8 @@ class JumpReLU(Architecture):
 
     The jump has no gradient; a rectangle K(u) = 1 for |u| < 1/2, stretched over the bandwidth w
     around it, estimates one: d acts / d threshold = -threshold / w K((pre_acts - threshold) / w).
+    Rows come in no order, so the sum over a batch of what holds K is that over its first rows
+    (window_fraction), times as many as it is more.
 
     recipe l0:   loss = |x - x_hat|^2 + coefficient d_model L0, whose own estimate is
                  d L0 / d threshold = -1 / w K(...); only thresholds learn through the jump.
@@ -97,7 +107,10 @@ class JumpReLU(Architecture):
         lowest = threshold - chosen.bandwidth / 2
         if chosen.recipe == "l0":  # which works on ReLU(pre_acts)
             lowest = lowest.clamp(min=0)
-        codes = at.kernels.above_threshold(pre_acts, lowest)
+        n = _n_windowed(chosen, at)
+        windowed, others = (pre_acts._replace(x=part) for part in pre_acts.x.tensor_split([n]))
+        above = at.kernels.above_threshold
+        codes = Codes.concatenate([above(windowed, lowest), above(others, threshold)])
         is_active = codes.acts > threshold[codes.feature_ids]
         active = Codes(codes.acts * is_active, codes.feature_ids, codes.offsets)
         return Forward(active, threshold, is_active, tape=codes.acts)
@@ -109,6 +122,10 @@ class JumpReLU(Architecture):
         is_active, threshold = made.is_active.to(found.dots.dtype), made.threshold[ids]
         width = chosen.bandwidth
         window = ((made.tape - threshold).abs() < width / 2) / width  # K / w
+        n = _n_windowed(chosen, at)
+        n_entries = int(made.codes.offsets[n])
+        window[:n_entries] *= at.n_rows / n
+        window[n_entries:] = 0
         acts_grad = found.dots * (-2 * at.scale)
         if chosen.recipe == "l0":
             factor = at.coefficient * at.scale * at.weights.W_dec.shape[1]
@@ -124,6 +141,11 @@ class JumpReLU(Architecture):
         learnt["log_threshold"] += inactive * at.n_rows * made.threshold
         penalty = tanh.sum() * factor + inactive * _below(made, at)
         return Push(of_entry, penalty, uniform=-inactive, learnt=learnt)
+
+
+def _n_windowed(config: JumpReLUConfig, at: Moment) -> int:
+    """The first rows, whose windows count."""
+    return math.ceil(config.window_fraction * at.n_rows)
 
 
 def _logs(made: Forward, ids: Tensor, of_threshold: Tensor) -> dict[str, Tensor]:

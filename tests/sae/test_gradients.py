@@ -68,11 +68,11 @@ CASES: dict[str, tuple[SAEConfig, dense.Loss]] = {
     "relu": (ReLUConfig(d_sae=D_SAE), dense.relu),
     "gated": (GatedConfig(d_sae=D_SAE), dense.gated),
     "jumprelu_l0": (
-        JumpReLUConfig(d_sae=D_SAE, bandwidth=L0_WINDOW),
+        JumpReLUConfig(d_sae=D_SAE, bandwidth=L0_WINDOW, window_fraction=1),
         partial(dense.jumprelu_l0, width=L0_WINDOW),
     ),
     "jumprelu_tanh": (
-        JumpReLUConfig(d_sae=D_SAE, recipe="tanh", bandwidth=TANH_WINDOW),
+        JumpReLUConfig(d_sae=D_SAE, recipe="tanh", bandwidth=TANH_WINDOW, window_fraction=1),
         partial(dense.jumprelu_tanh, width=TANH_WINDOW),
     ),
 }
