@@ -22,6 +22,9 @@ INTEGRAL = 30.0
 LARGEST_RATIO = 2.0
 # The sum takes no larger e than this in: weights follow at their own pace, and it would run ahead.
 LARGEST_SUMMAND = 0.2
+# The first part raises the log of a coefficient by at most this where the penalty reaches weights:
+# early codes are dense whatever it is, and features pushed down together come back slowly.
+LARGEST_BOOST = 0.2
 # Weight of the newest step in the smoothed e.
 SMOOTHING = 0.2
 # The integral moves the coefficient by at most this factor from where it starts.
@@ -51,7 +54,7 @@ class PenaltyConfig(SAEConfig):
         description="L0 to end at: the coefficient is moved until it is. None: coefficient stays.",
     )
     sparsity_warmup_fraction: float = Field(
-        default=0.2,
+        default=0.3,
         ge=0,
         le=1,
         description="Part of training in which the coefficient rises from 0.",
@@ -75,9 +78,14 @@ class PenaltyConfig(SAEConfig):
         """coefficient, or its default."""
         return self.coefficient or 5.0
 
+    @property
+    def largest_boost(self) -> float:
+        """How far the controller's proportional part may raise the log of the coefficient."""
+        return LARGEST_BOOST
+
     def coefficient_at(self, control: Control, progress: float) -> float:
         """The coefficient that counts after a fraction of training."""
-        log_factor = control.integral + PROPORTIONAL * control.excess
+        log_factor = control.integral + min(PROPORTIONAL * control.excess, self.largest_boost)
         return self.first_coefficient * math.exp(log_factor) * self._warmed_up(progress)
 
     def next_control(self, control: Control, l0: float, progress: float, n_steps: int) -> Control:

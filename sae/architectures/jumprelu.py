@@ -51,6 +51,11 @@ class JumpReLUConfig(PenaltyConfig):
         """coefficient, or its recipe's default."""
         return self.coefficient or (0.001 if self.recipe == "l0" else 5.0)
 
+    @property
+    def largest_boost(self) -> float:
+        """Of recipe l0 without bounds: its penalty reaches thresholds alone."""
+        return math.inf if self.recipe == "l0" else super().largest_boost
+
 
 class JumpReLU(Architecture):
     """Pre-activations above their feature's threshold.

@@ -33,9 +33,9 @@ CONFIGS: dict[str, tuple[SAEConfig, float, float]] = {
     "matryoshka": (MatryoshkaConfig(d_sae=80, k=3, prefixes=(60, 80)), 0.035, 0.8),
     "hierarchical_topk": (HierarchicalTopKConfig(d_sae=80, k=3), 0.09, 0.95),
     "jumprelu_l0": (JumpReLUConfig(d_sae=80, target_l0=2), 0.05, 0.9),
-    "jumprelu_tanh": (JumpReLUConfig(d_sae=80, target_l0=2, recipe="tanh"), 0.15, 0.6),
-    "gated": (GatedConfig(d_sae=80, target_l0=2), 0.15, 0.7),
-    "relu": (ReLUConfig(d_sae=80, target_l0=2), 0.7, 0.35),
+    "jumprelu_tanh": (JumpReLUConfig(d_sae=80, target_l0=2, recipe="tanh"), 0.12, 0.7),
+    "gated": (GatedConfig(d_sae=80, target_l0=2), 0.06, 0.95),
+    "relu": (ReLUConfig(d_sae=80, target_l0=2), 0.6, 0.6),
 }
 LONG = TrainConfig(
     n_steps=500,

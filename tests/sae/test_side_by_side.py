@@ -211,6 +211,6 @@ def test_penalty_rises_from_nothing(
     lines: list[Metrics] = []
     config = short.model_copy(update={"log_every_steps": 1})
     train(source, "a", ReLUConfig(d_sae=96), config, out=tmp_path, on_metrics=lines.append)
-    expected = [5 * min(1.0, step / 8) for step in range(40)]
+    expected = [5 * min(1.0, step / 12) for step in range(40)]
     assert [line.coefficient for line in lines] == pytest.approx(expected)
     assert lines[0].penalty == 0 < lines[5].penalty
