@@ -36,6 +36,7 @@ from sae.synthetic.source import BLOCK_ROWS
 from sae.synthetic.truth import rows_of
 
 PEER = "sae-lens"
+PEERS_PYTHON = ROOT / ".venv-peers" / PEER / "bin" / "python"
 DRIVER = ROOT / "benchmarks" / "peers" / "synthetic_sae_lens.py"
 SHOWN = (
     "true_l0",
@@ -132,7 +133,7 @@ class Bench:
             sae = self._train_ours(architecture, lr)
             seconds = time.perf_counter() - started
             save(sae, path)
-            theirs = self._ask("score", **asked)
+            theirs = self._ask("score", **asked) if PEERS_PYTHON.exists() else {}
         else:
             answer = self._ask("train", **asked, is_normalised=trainer.endswith("scaled"))
             seconds, theirs = answer["s"], answer["scores"]
@@ -166,10 +167,8 @@ class Bench:
     def _ask(self, command: str, **more: Any) -> dict[str, Any]:
         """What the driver answers, in the peer's environment."""
         spec = {**vars(self._args), "world": str(self._folder), "seed": self._seed, **more}
-        python = ROOT / ".venv-peers" / PEER / "bin" / "python"
-        done = subprocess.run(
-            [python, DRIVER, command, json.dumps(spec)], stdout=subprocess.PIPE, check=True
-        )
+        asked = [PEERS_PYTHON, DRIVER, command, json.dumps(spec)]
+        done = subprocess.run(asked, stdout=subprocess.PIPE, check=True)
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return answer
 
@@ -237,6 +236,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if {*args.worlds, *args.trainers} != {OURS} and not PEERS_PYTHON.exists():
+        raise SystemExit(f"{PEERS_PYTHON} isn't there: benchmarks/peers/make_env.sh {PEER}")
     rows: list[dict[str, Any]] = []
     for maker in args.worlds:
         best: dict[tuple[str, str], float] = {}

@@ -99,6 +99,19 @@ def test_known_truth_is_scored(
     assert [line["what"] for line in lines] == ["topk", "relu", "untrained topk"]
 
 
+def test_known_features_are_learnt_from_a_written_world(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ours alone: the peer has an environment of its own."""
+    sizes = ["--n-features", 512, "--d-model", 32, "--d-sae", 64, "--k", 4, "--lrs", 3e-3]
+    rows = ["--n-steps", 20, "--batch-size", 256, "--n-heldout-rows", 4096]
+    ours = ["--worlds", "saebase", "--trainers", "saebase"]
+    call("benchmarks/synthetic_peers.py", "--json", *ours, *sizes, *rows, monkeypatch=monkeypatch)
+    (line,) = [json.loads(each) for each in capsys.readouterr().out.splitlines()]
+    assert line["what"] == "saebase, batch_topk"
+    assert 0 < line["matched_cosine"] < 1
+
+
 def test_a_gpu_step_needs_a_gpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
