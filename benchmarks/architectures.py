@@ -18,7 +18,7 @@ import torch
 from machine import arguments, show
 
 from activation_cache import ActivationCache, LanguageModel
-from pipelines.probe_labels import probe_labels
+from pipelines.probe_labels import labels_of_model
 from sae import SAE, EvalConfig, Report, TrainConfig, evaluate
 from sae.architectures import (
     BatchTopKConfig,
@@ -31,7 +31,6 @@ from sae.architectures import (
 )
 from sae.config import SAEConfig
 from sae.evaluating.cross_entropy import measure_losses, recovered, sae_and_ablations
-from sae.evaluating.labelled import LabelledRows
 from sae.evaluating.splicing import Replacement
 from sae.reading import sample_rows
 from sae.training import RunSpec, train_many
@@ -101,14 +100,6 @@ class Results(NamedTuple):
         }
 
 
-def labelled_rows(
-    lm: LanguageModel, acts: ActivationCache, hookpoint: str, config: EvalConfig
-) -> LabelledRows:
-    """Held-out rows with labels of their tokens."""
-    texts = lm.token_strings(range(lm.vocab_size))
-    return probe_labels(acts, hookpoint, texts, config.n_probe_rows, config.split)
-
-
 def all_recovered(
     lm: LanguageModel,
     acts: ActivationCache,
@@ -164,7 +155,8 @@ def main() -> None:
     )
     config = EvalConfig(n_lm_tokens=args.lm_tokens, n_probe_rows=16_384 if args.model else 0)
     lm = LanguageModel.load(args.model, device="cpu", dtype="bfloat16") if args.model else None
-    labelled = labelled_rows(lm, acts, args.hookpoint, config) if lm else None
+    asked = args.hookpoint, config.n_probe_rows, config.split
+    labelled = labels_of_model(lm, acts, *asked) if lm else None
     results: dict[str, Results] = defaultdict(lambda: Results([], [], [], []))
     for spec in specs(args.hookpoint, chosen, settings, args.seeds, args.out):
         run = train_many(acts, [spec])[0]

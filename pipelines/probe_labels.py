@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from activation_cache import ActivationCache
+from activation_cache import ActivationCache, LanguageModel
 from sae.config import Split
 from sae.evaluating.labelled import Label, LabelledRows
 
@@ -41,6 +41,14 @@ class TokenRows(NamedTuple):
     previous_ids: Tensor
     doc_ids: Tensor
     positions: Tensor
+
+
+def labels_of_model(
+    lm: LanguageModel, acts: ActivationCache, hookpoint: str, n_rows: int, split: Split
+) -> LabelledRows:
+    """probe_labels with the texts of the model's tokens."""
+    texts = lm.token_strings(range(lm.vocab_size))
+    return probe_labels(acts, hookpoint, texts, n_rows, split)
 
 
 def probe_labels(

@@ -34,7 +34,7 @@ from sae.storage import read_description
 from .baseline_runs import BaselineRun
 from .config import PipelineConfig
 from .errors import PipelineError
-from .probe_labels import probe_labels
+from .probe_labels import labels_of_model
 from .progress import StageProgress
 from .trackers import Tracker, trackers_of
 from .training import described, train_stage
@@ -208,8 +208,7 @@ def _labelled(
             "tokenizer: evaluate with the model, or set n_probe_rows to 0"
         )
     lm, hookpoint = load_lm(), sae.hookpoint or acts.hookpoints[0]
-    texts = lm.token_strings(range(lm.vocab_size))
-    return probe_labels(acts, hookpoint, texts, config.n_probe_rows, config.split)
+    return labels_of_model(lm, acts, hookpoint, config.n_probe_rows, config.split)
 
 
 def index_stage(

@@ -267,7 +267,8 @@ def test_source_that_does_not_fit_is_refused(sae: SAE, source: TokenSource) -> N
     with pytest.raises(SourceError, match=r"trained at mid, not layers\.9; leave hookpoint out"):
         evaluate(sae, source, hookpoint="layers.9")
     narrow = TensorSource(torch.randn(50, 5), torch.randn(50, 5))
-    with pytest.raises(SourceError, match=r"holds d_model=5 at mid \(unknown model\); this"):
+    told = r"holds d_model=5 at mid \(unknown model\); this SAE expects"
+    with pytest.raises(SourceError, match=told):
         evaluate(sae, narrow)
     other = SAE(sae.config, D_MODEL, Origin(hookpoint="mid", provenance={"model": "gpt2"}))
     with pytest.raises(SourceError, match="harvested from tiny; this SAE was trained on gpt2"):

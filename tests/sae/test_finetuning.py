@@ -180,7 +180,11 @@ def test_rows_of_massive_norm_and_of_other_splits_stay_as_they_are(
     [
         ("transcoder", ConfigError, "only an SAE that reconstructs the place it reads"),
         ("nowhere", ConfigError, "doesn't say where it was trained"),
-        ("width", SourceError, r"holds d_model=7 at layers.1.resid_post .*; this SAE expects 32"),
+        (
+            "width",
+            SourceError,
+            r"holds d_model=7 at layers.1.resid_post \(unknown model\); this SAE expects 32",
+        ),
         ("tensor", SourceError, "no train tokens to run a model on"),
     ],
 )
