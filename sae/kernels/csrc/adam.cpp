@@ -18,7 +18,7 @@ EXPORT void sae_remove_along(float *gradient, const float *rows, int64_t n_rows,
             auto lanes = first_lanes(d - i);
             __m512 left = _mm512_fnmadd_ps(factor, _mm512_maskz_loadu_ps(lanes, along + i),
                                            _mm512_maskz_loadu_ps(lanes, of + i));
-            store(of + i, lanes, left);
+            _mm512_mask_storeu_ps(of + i, lanes, left);
         }
     }
 }
@@ -46,15 +46,16 @@ EXPORT void sae_adam(float *weight, const float *gradient, float *mean, float *s
             __m512 size = _mm512_fmadd_ps(_mm512_sqrt_ps(v1), spread, epsilon);
             __m512 w1 = _mm512_fnmadd_ps(rate, _mm512_div_ps(m1, size),
                                          _mm512_maskz_loadu_ps(lanes, w + i));
-            store(m + i, lanes, m1);
-            store(v + i, lanes, v1);
-            store(w + i, lanes, w1);
+            _mm512_mask_storeu_ps(m + i, lanes, m1);
+            _mm512_mask_storeu_ps(v + i, lanes, v1);
+            _mm512_mask_storeu_ps(w + i, lanes, w1);
         }
         if (!unit_rows) continue;
         __m512 norm = _mm512_set1_ps(std::sqrt(dot(w, w, d)));
         for (int64_t i = 0; i < d; i += LANES) {
             auto lanes = first_lanes(d - i);
-            store(w + i, lanes, _mm512_div_ps(_mm512_maskz_loadu_ps(lanes, w + i), norm));
+            __m512 unit = _mm512_div_ps(_mm512_maskz_loadu_ps(lanes, w + i), norm);
+            _mm512_mask_storeu_ps(w + i, lanes, unit);
         }
     }
 }

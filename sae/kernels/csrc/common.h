@@ -63,10 +63,8 @@ inline __mmask16 first_lanes(int64_t n) {
     return n >= LANES ? __mmask16(0xffff) : __mmask16((1u << n) - 1);
 }
 
-// Stores of whole vectors go unmasked: on Zen 4 masked ones take many times as long.
-inline void store(float *to, __mmask16 lanes, __m512 values) {
-    if (lanes == 0xffff) _mm512_storeu_ps(to, values);
-    else _mm512_mask_storeu_ps(to, lanes, values);
+inline __m512i lane_numbers() {
+    return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 }
 
 inline float dot(const float *a, const float *b, int64_t n) {
@@ -118,7 +116,7 @@ inline void weighted_columns(const float *base, const float *table, int64_t d, i
         int64_t at = column + j * LANES;
         __m512 sum = sums[j];
         if (SUBTRACT) sum = _mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, base + at), sum);
-        store(out + at, lanes, sum);
+        _mm512_mask_storeu_ps(out + at, lanes, sum);
     }
 }
 

@@ -105,7 +105,7 @@ __attribute__((noinline)) inline void multiply(const uint8_t *features, const in
 using MakeRoom = bool (*)(Block &, const Encoder &, int64_t row, double done, const void *context);
 
 inline void append(Block &block, int64_t row, __mmask16 chosen, __m512 estimate, int64_t place) {
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i lanes = lane_numbers();
     int64_t at = row * block.stride() + block.count[row];
     __m512i its_places = _mm512_add_epi32(_mm512_set1_epi32(int(place)), lanes);
     _mm512_storeu_ps(block.estimates.get() + at, _mm512_maskz_compress_ps(chosen, estimate));

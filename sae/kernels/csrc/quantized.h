@@ -159,8 +159,7 @@ inline __m512i nearest_bfloat16(__m512 value) {
 
 inline void store_upper(uint16_t *to, __mmask16 lanes, __m512i numbers) {
     __m256i halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(numbers, 16));
-    if (lanes == 0xffff) _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), halves);
-    else _mm256_mask_storeu_epi16(to, lanes, halves);
+    _mm256_mask_storeu_epi16(to, lanes, halves);
 }
 
 // Norm of w - low, times its channels' factors, at least.
@@ -215,7 +214,7 @@ inline bool pack(Encoder &to, const Channels &channels, const float *W, const fl
             }
             if (lane % LANES < LANES - 1) continue;
             __m512i starts = _mm512_mullo_epi32(
-                _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                lane_numbers(),
                 _mm512_set1_epi32(int(to.n_quads)));
             for (int64_t quad = 0; quad < to.n_quads; ++quad)
                 _mm512_store_si512(

@@ -99,7 +99,7 @@ float value_that_k_reach(const float *values, int64_t n, int64_t k, int64_t k_mo
 
 // Places of vectors' values from low on and below high: n_found of them, ascending.
 int64_t find_between(const float *values, int64_t n, float low, float high, int32_t *found) {
-    __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i lanes = lane_numbers();
     __m512 lows = _mm512_set1_ps(low), highs = _mm512_set1_ps(high);
     int64_t n_found = 0;
     for (int64_t i = 0; i < n; i += LANES) {
