@@ -38,7 +38,7 @@ def measure(args: argparse.Namespace) -> None:
         results = [size(file, x[0], d_sae, k, mode, args) for d_sae, k in sizes]
     show(f"train --sizes: {mode.name}", results, args.json)
     if args.figure is not None:
-        draw(results, args.figure, f"TopK, {mode.name}, {args.threads} threads")
+        draw(results, args.figure, f"TopK, {mode.name}, threads: {args.threads}")
 
 
 def fastest_mode(file: Path, args: argparse.Namespace) -> Mode:
