@@ -9,7 +9,7 @@ The tables are in feature_db/migrations. Ranks count from 1; every other number 
 """
 
 from .active import ActiveFeatures
-from .build import build_index
+from .build import build_index, index_parts
 from .config import IndexConfig, IndexProgress
 from .database import FeatureDB
 from .errors import (
@@ -47,5 +47,6 @@ __all__ = [
     "SchemaVersionError",
     "TokenLift",
     "build_index",
+    "index_parts",
     "visible",
 ]

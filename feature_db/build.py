@@ -56,8 +56,8 @@ def build_index(
         parts (`out`.parts) hold isn't counted again. Another one is replaced only with
         overwrite=True.
     parts: folders with parts that `index_parts` counted elsewhere.
-    created_at: UTC, for the databases; now, if left out. With it equal the same things give a
-        database of the same bytes, in whatever order and where the parts were counted.
+    created_at: UTC, for `saes`; now, if left out. With it equal the same things give the same
+        rows in the same order (`FeatureDB.content_hash`), wherever parts were counted.
     on_progress: told as the work goes on.
     Rows that are not indexed: BOS, rows of massive norm, rows outside an SAE's domain; they are
     counted in saes.n_tokens_skipped.
@@ -81,7 +81,9 @@ def build_index(
     with _building_folder(path) as building:
         if overwrite and not _is_extended(path, indexed, config):
             shutil.rmtree(folder, ignore_errors=True)
-        text = _Text(lm, cache, indexed, PartsFolder(folder, [Path(each) for each in parts]), config)
+        text = _Text(
+            lm, cache, indexed, PartsFolder(folder, [Path(each) for each in parts]), config
+        )
         text.count(told)
         made = building / "features.duckdb"
         now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-
 _OF_PARTS = {
     "n_top",
     "max_per_document",

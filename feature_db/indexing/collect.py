@@ -39,8 +39,9 @@ class RowCounts(NamedTuple):
     def of(cls, rows: PartRows, kept: Int64, vocab_size: int) -> "RowCounts":
         """kept: which of the rows were indexed."""
         columns = (rows.token_ids, rows.previous, rows.following)
-        counts = [np.bincount(c[kept][c[kept] >= 0], minlength=vocab_size) for c in columns]
-        return cls(*counts, position_counts(rows.positions[kept]))
+        counts = (np.bincount(c[kept][c[kept] >= 0], minlength=vocab_size) for c in columns)
+        tokens, previous, following = counts
+        return cls(tokens, previous, following, position_counts(rows.positions[kept]))
 
     @classmethod
     def load(cls, folder: Path) -> "RowCounts":

@@ -4,8 +4,8 @@ Two passes over the spooled entries, a bucket of features at a time: first what 
 itself; then, when all features' strongest rows and counts are known, what it does beside others.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +18,6 @@ from .spool import Entries, EntrySpool, buckets
 from .statistics import FeatureTotals, Scales, feature_totals
 from .text_rows import PartRows
 from .uses import companions, document_uses, near_misses, token_uses
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 TOP, SAMPLE = 0, 1
 PREVIOUS, CURRENT, FOLLOWING = -1, 0, 1
@@ -65,7 +62,9 @@ def write_counts(
     """Count all features. on_features: told how many of the 2 * d_sae steps are done."""
     d_sae, n = counting.d_sae, _CONTEXTS_OF_NEIGHBORS
     strongest = Strongest(
-        np.zeros(d_sae, np.int64), np.full((d_sae, n), -1, np.int32), np.zeros((d_sae, n), np.float32)
+        np.zeros(d_sae, np.int64),
+        np.full((d_sae, n), -1, np.int32),
+        np.zeros((d_sae, n), np.float32),
     )
     for first, stop in buckets(d_sae, BUCKET):
         entries = spool.of_features(first, stop)
@@ -116,7 +115,10 @@ def _write_beside(
         entries.offsets, entries.rows, first, *by_row, strongest.n_active, MOST_COMPANIONS
     )
     features, places = np.nonzero(found.others >= 0)
-    columns = {"other_id": found.others[features, places], "n_both": found.n_both[features, places]}
+    columns: dict[str, Any] = {
+        "other_id": found.others[features, places],
+        "n_both": found.n_both[features, places],
+    }
     writer.write("companions", _columns(first + features, columns))
     near = counting.neighbors[first : first + len(entries.offsets) - 1]
     missed = near_misses(
@@ -125,14 +127,14 @@ def _write_beside(
     features, places = np.nonzero(missed.rows >= 0)
     local, neighbors = missed.rows[features, places], missed.neighbors[features, places]
     is_its = strongest.rows[neighbors] == local[:, None]
-    columns = {
+    misses: dict[str, Any] = {
         "row": local + rows.first_row,
         "neighbor_id": neighbors,
         "act": np.where(is_its, strongest.acts[neighbors], 0).max(axis=1, initial=0),
         "before": rows.spans.before[local],
         "after": rows.spans.after[local],
     }
-    writer.write("near_misses", _columns(first + features, columns))
+    writer.write("near_misses", _columns(first + features, misses))
 
 
 def _top(counting: Counting, entries: Entries) -> Int64:
@@ -210,8 +212,12 @@ def _document_columns(counting: Counting, entries: Entries, fixed: Int64) -> Col
         entries.offsets, entries.rows, entries.acts, fixed, counting.rows.doc_ids, MOST_DOCUMENTS
     )
     features, places = np.nonzero(found.documents >= 0)
-    names = ("doc_id", "n_active", "act_sum", "max_act")
-    columns = {name: each[features, places] for name, each in zip(names, found, strict=True)}
+    columns = {
+        "doc_id": found.documents[features, places],
+        "n_active": found.n_active[features, places],
+        "act_sum": found.act_sums[features, places],
+        "max_act": found.max_acts[features, places],
+    }
     return _columns(entries.first + features, columns)
 
 
@@ -224,5 +230,5 @@ def _activation_columns(counting: Counting, entries: Entries) -> Columns:
     return _columns(entries.first + entries.of_entry(), columns)
 
 
-def _columns(features: Int64, columns: "dict[str, NDArray[np.generic] | pa.Array]") -> Columns:
+def _columns(features: Int64, columns: Mapping[str, Any]) -> Columns:
     return {"feature_id": features, **columns}

@@ -6,7 +6,7 @@ are kept is decided in each part: see `uses`.)
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ from .counting import CANDIDATES, SAMPLE, TOP
 from .part_files import BUCKET, PartReader
 from .sorting import Float32, Int64
 from .statistics import N_BINS, N_POSITION_BINS, FeatureTotals
-from .text_rows import TextRows, flat_spans, rank_in_run, runs_in
+from .text_rows import TextRows, flat_spans, rank_in_run
 
 # Tokens of a context, before its peak and after, by which two are the same text.
 _SAME_BEFORE, _SAME_AFTER = 8, 3
@@ -61,8 +61,9 @@ class ContextRows(NamedTuple):
         """The contexts at some places, in that order."""
         starts = np.cumsum(self.n_around) - self.n_around
         inner = flat_spans(starts[places], self.n_around[places])
-        outer = [column[places] for column in self[:6]]
-        return ContextRows(*outer, self.steps[inner], self.around[inner])
+        names = ("features", "rows", "acts", "before", "after", "n_around")
+        outer: dict[str, Any] = {name: getattr(self, name)[places] for name in names}
+        return ContextRows(**outer, steps=self.steps[inner], around=self.around[inner])
 
 
 class TokenCounts(NamedTuple):
@@ -126,7 +127,7 @@ class MergedBucket:
             sums["n_documents"][at] -= last_document[at] == begins
             first_document[at] = np.where(first_document[at] < 0, begins, first_document[at])
             last_document[at] = ends
-        merged = sums | {
+        merged: dict[str, Any] = sums | {
             "max_act": max_act,
             "first_document": first_document,
             "last_document": last_document,
@@ -144,11 +145,11 @@ class MergedBucket:
     def documents(self) -> DocumentCounts:
         """Counts of the documents that were kept."""
         rows = pa.concat_tables(self._tables("documents"))
-        features, doc_ids, *sums = self._added(rows, "doc_id", ("n_active", "act_sum"))
+        features, doc_ids, n, sums = self._added(rows, "doc_id", ("n_active", "act_sum"))
         order = _order(rows["feature_id"].to_numpy() - self.first, rows["doc_id"].to_numpy())
         acts = rows["max_act"].to_numpy()[order.places]
         highest = np.maximum.reduceat(acts, order.starts) if len(acts) else acts
-        return DocumentCounts(features, doc_ids, *sums, highest)
+        return DocumentCounts(features, doc_ids, n, sums, highest)
 
     def companions(self) -> PairCounts:
         """Counts of the pairs that were kept."""
@@ -235,7 +236,9 @@ def _order(features: Int64, keys: Int64) -> _Order:
     return _Order(places, np.flatnonzero(is_new))
 
 
-def _is_first_of_text(rows: ContextRows, text: TextRows) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
+def _is_first_of_text(
+    rows: ContextRows, text: TextRows
+) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
     """Whether no context before it, of the same feature, has the same tokens around its peak."""
     before = np.minimum(rows.before, _SAME_BEFORE)
     after = np.minimum(rows.after, _SAME_AFTER)
@@ -243,7 +246,9 @@ def _is_first_of_text(rows: ContextRows, text: TextRows) -> "np.ndarray[tuple[in
     for step in range(-_SAME_BEFORE, _SAME_AFTER + 1):
         inside = (-step <= before) & (step <= after)
         tokens = np.zeros(len(before), np.uint64)
-        tokens[inside] = text.take("token_ids", rows.rows[inside] + step).astype(np.uint64) + np.uint64(1)
+        tokens[inside] = text.take("token_ids", rows.rows[inside] + step).astype(
+            np.uint64
+        ) + np.uint64(1)
         hashes = (hashes ^ tokens) * np.uint64(0x9E3779B97F4A7C15)
         hashes ^= hashes >> np.uint64(29)
     order = np.lexsort((np.arange(len(hashes)), hashes, rows.features))
@@ -257,15 +262,3 @@ def merged_buckets(parts: Sequence[PartReader], d_sae: int) -> list[MergedBucket
     """All features, a bucket at a time."""
     edges = [(first, min(first + BUCKET, d_sae)) for first in range(0, d_sae, BUCKET)]
     return [MergedBucket(parts, first, stop) for first, stop in edges]
-
-
-__all__ = [
-    "ContextRows",
-    "DocumentCounts",
-    "MergedBucket",
-    "NearMissRows",
-    "PairCounts",
-    "TokenCounts",
-    "merged_buckets",
-    "runs_in",
-]

@@ -161,7 +161,9 @@ def record(folder: Path) -> PartRecord:
     return PartRecord(**_read(folder / _PART))
 
 
-def part_settings(config: IndexConfig, vocab_size: int, max_norms: Mapping[str, float]) -> dict[str, Any]:
+def part_settings(
+    config: IndexConfig, vocab_size: int, max_norms: Mapping[str, float]
+) -> dict[str, Any]:
     """What parts depend on, for `PartsFolder.require`. max_norms: used where parts say no other."""
     return {
         "config": config.of_parts(),
@@ -189,9 +191,7 @@ def _read(path: Path) -> dict[str, Any]:
         assert isinstance(found, dict)
         return found
     except (ValueError, AssertionError):
-        raise IndexingError(
-            f"{path} is damaged: remove {path.parent} and index again"
-        ) from None
+        raise IndexingError(f"{path} is damaged: remove {path.parent} and index again") from None
 
 
 def _difference(folder: Path, name: str, found: Any, wanted: Any) -> str:

@@ -47,9 +47,7 @@ def sorted_by_feature(
 
 
 @compiled
-def joined_runs(
-    offsets: Int64, rows: Int32, acts: Float32
-) -> tuple[Int64, Int32, Float32]:
+def joined_runs(offsets: Int64, rows: Int32, acts: Float32) -> tuple[Int64, Int32, Float32]:
     """Entries of several chunks, each by feature, as one list by feature, chunk after chunk.
 
     offsets: int64 [n_chunks, n_features + 1], places in rows and acts, which hold one chunk's

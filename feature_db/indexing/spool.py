@@ -6,7 +6,7 @@ every row. Disk: 12 bytes an entry; memory: what is asked for.
 
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,10 +43,12 @@ class EntrySpool:
 
         first_row: of the chunk in the part.
         """
-        rows = np.repeat(np.arange(len(row_counts), dtype=np.int32), row_counts) + np.int32(first_row)
-        features = features.astype(np.int32)
-        offsets, sorted_rows, sorted_acts = sorted_by_feature(features, rows, acts, self._d_sae)
-        self._append("features", features)
+        rows = np.repeat(np.arange(len(row_counts), dtype=np.int32), row_counts) + np.int32(
+            first_row
+        )
+        narrow = features.astype(np.int32)
+        offsets, sorted_rows, sorted_acts = sorted_by_feature(narrow, rows, acts, self._d_sae)
+        self._append("features", narrow)
         self._append("rows", sorted_rows)
         self._append("acts", sorted_acts)
         self._append("offsets", offsets + self._ends[-1])
@@ -58,7 +60,9 @@ class EntrySpool:
         offsets = [self._offsets(chunk, first, stop) for chunk in range(len(self._ends) - 1)]
         if not offsets:
             nothing = np.empty(0, np.int32)
-            return Entries(first, np.zeros(stop - first + 1, np.int64), nothing, np.empty(0, np.float32))
+            return Entries(
+                first, np.zeros(stop - first + 1, np.int64), nothing, np.empty(0, np.float32)
+            )
         begins = np.cumsum([0, *(int(each[-1] - each[0]) for each in offsets)])
         places = [(int(each[0]), int(each[-1])) for each in offsets]
         rows, acts = (
@@ -75,13 +79,14 @@ class EntrySpool:
 
     def _offsets(self, chunk: int, first: int, stop: int) -> Int64:
         begin = chunk * (self._d_sae + 1)
-        return self._read("offsets", np.int64, begin + first, begin + stop + 1)
+        offsets: Int64 = self._read("offsets", np.int64, begin + first, begin + stop + 1)
+        return offsets
 
     def _append(self, name: str, values: NDArray[np.generic]) -> None:
         with (self._folder / name).open("ab") as file:
             values.tofile(file)
 
-    def _read(self, name: str, dtype: type[np.generic], first: int, stop: int) -> NDArray[np.generic]:
+    def _read(self, name: str, dtype: type[np.generic], first: int, stop: int) -> Any:
         if stop == first:
             return np.empty(0, dtype)
         size = np.dtype(dtype).itemsize

@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .sorting import Float32, Float64, Int32, Int64, compiled
 
@@ -86,7 +87,7 @@ def _add_totals(
     offsets: Int64,
     rows: Int32,
     acts: Float32,
-    bits: Int32,
+    bits: NDArray[np.uint32],
     positions: Int32,
     documents: Int64,
     act_scale: float,
@@ -97,7 +98,8 @@ def _add_totals(
     by_position: Int64,
 ) -> None:
     for feature in range(len(offsets) - 1):
-        act_sum, square_sum, position_sum, n_documents = 0, 0, 0, 0
+        act_sum, square_sum = np.int64(0), np.int64(0)
+        position_sum, n_documents = 0, 0
         first, document, highest = np.int64(-1), np.int64(-1), np.float32(0)
         for i in range(offsets[feature], offsets[feature + 1]):
             act, row = np.float64(acts[i]), rows[i]

@@ -144,7 +144,9 @@ def tokens_table(where: Features, best: TokenUses, texts: pa.Array) -> pa.Table:
     return _table(where, best.features, columns)
 
 
-def nearby_tokens_table(where: Features, best: Mapping[int, TokenUses], texts: pa.Array) -> pa.Table:
+def nearby_tokens_table(
+    where: Features, best: Mapping[int, TokenUses], texts: pa.Array
+) -> pa.Table:
     """Rows of `feature_nearby_tokens`. best: by how far from the active token, -1 or 1."""
     tables = [
         tokens_table(where, uses, texts).append_column(
@@ -162,13 +164,15 @@ def documents_table(
     """Rows of `feature_documents`: the n of largest summed act."""
     order = np.lexsort((counts.doc_ids, -counts.act_sums, counts.features))
     order = order[rank_in_run(counts.features[order]) < n]
-    features, doc_ids, n_active, act_sums, max_acts = (column[order] for column in counts)
+    features, n_active, act_sums = (
+        column[order] for column in (counts.features, counts.n_active, counts.act_sums)
+    )
     columns = {
         "rank": rank_in_run(features) + 1,
-        "doc_id": doc_ids,
+        "doc_id": counts.doc_ids[order],
         "n_active": n_active,
         "mean_act": (act_sums / where.scales.act / np.maximum(n_active, 1)).astype(np.float32),
-        "max_act": max_acts,
+        "max_act": counts.max_acts[order],
         "share": act_sums / np.maximum(totals.act_sum[features], 1),
     }
     return _table(where, features, columns)

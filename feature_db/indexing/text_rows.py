@@ -1,13 +1,13 @@
-"""The tokens of a text, row by row: which token, document and position, and how far contexts reach.
+"""The tokens of a text, row by row: token, document, position, and how far contexts reach.
 
-In: chunks. Out: `PartRows` of one part, kept as files beside what was counted on it, and `TextRows`,
-all parts as one text, from which contexts take their tokens.
+In: chunks. Out: `PartRows` of one part, kept as files beside what was counted on it, and
+`TextRows`, all parts as one text, from which contexts take their tokens.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,9 +41,11 @@ class PartRows(NamedTuple):
     @classmethod
     def joined(cls, chunks: "Sequence[PartRows]") -> "PartRows":
         """Rows of chunks that follow one another."""
-        columns = (np.concatenate(column) for column in zip(*(c[1:6] for c in chunks), strict=True))
+        columns: Any = (np.concatenate(c) for c in zip(*(c[1:6] for c in chunks), strict=True))
         before, after = (np.concatenate(c) for c in zip(*(c.spans for c in chunks), strict=True))
-        return cls(chunks[0].first_row, *columns, Spans(before, after))
+        ids, docs, positions, previous, following = columns
+        spans = Spans(before, after)
+        return cls(chunks[0].first_row, ids, docs, positions, previous, following, spans)
 
     def save(self, folder: Path) -> None:
         """Write what `TextRows` reads, where it isn't there yet."""
@@ -75,13 +77,12 @@ def rows_of(chunk: "Chunk", before: int, after: int) -> PartRows:
     reach_back = row - np.repeat(cuts[:-1], lengths)
     reach_on = np.repeat(cuts[1:], lengths) - 1 - row
     spans = Spans(
-        np.minimum(reach_back, before).astype(np.int32), np.minimum(reach_on, after).astype(np.int32)
+        np.minimum(reach_back, before).astype(np.int32),
+        np.minimum(reach_on, after).astype(np.int32),
     )
     previous = np.where(reach_back > 0, np.roll(token_ids, 1), -1).astype(np.int32)
     following = np.where(reach_on > 0, np.roll(token_ids, -1), -1).astype(np.int32)
-    return PartRows(
-        int(chunk.first_row), token_ids, doc_ids, positions, previous, following, spans
-    )
+    return PartRows(int(chunk.first_row), token_ids, doc_ids, positions, previous, following, spans)
 
 
 class TextRows:

@@ -228,7 +228,12 @@ class NearMisses(NamedTuple):
 
 
 def near_misses(
-    offsets: Int64, rows: Int32, neighbors: Int64, top_rows: Int32, spans: tuple[Int32, Int32], n: int
+    offsets: Int64,
+    rows: Int32,
+    neighbors: Int64,
+    top_rows: Int32,
+    spans: tuple[Int32, Int32],
+    n: int,
 ) -> NearMisses:
     """Each neighbour's strongest context, then each one's second, and so on, if the feature is
     active nowhere in it.

@@ -168,12 +168,14 @@ class Writer:
         yield "feature_histogram", tables.histogram_table(where, totals)
         yield "feature_positions", tables.positions_table(where, totals, rows.positions)
         documents = bucket.documents()
-        yield "feature_documents", tables.documents_table(
-            where, documents, totals, config.n_documents
+        yield (
+            "feature_documents",
+            tables.documents_table(where, documents, totals, config.n_documents),
         )
         pairs = bucket.companions()
-        yield "coactivations", tables.coactivations_table(
-            where, pairs, n_active, config.n_coactivations
+        yield (
+            "coactivations",
+            tables.coactivations_table(where, pairs, n_active, config.n_coactivations),
         )
         yield "neighbors", tables.neighbors_table(where, nearest)
         if effects is not None:

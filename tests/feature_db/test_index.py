@@ -249,18 +249,25 @@ def test_hard_negatives_are_contexts_of_neighbors_without_the_feature(
         assert not dense.acts[window, c.feature_id].any()
         assert dense.acts[place[c.doc_id, c.position], c.neighbor_id] > 0
         assert c.neighbor_id in near[c.feature_id]
-    assert found.groupby("feature_id")["rank"].apply(lambda r: list(r) == [*range(1, len(r) + 1)]).all()
-    kinds = db.sql("SELECT count(*) FROM contexts WHERE (kind = 'negative') = (neighbor_id IS NULL)")
+    assert (
+        found.groupby("feature_id")["rank"]
+        .apply(lambda r: list(r) == [*range(1, len(r) + 1)])
+        .all()
+    )
+    kinds = db.sql(
+        "SELECT count(*) FROM contexts WHERE (kind = 'negative') = (neighbor_id IS NULL)"
+    )
     assert kinds.fetchall() == [(0,)]
 
 
 @pytest.mark.parametrize("place", [-1, 1])
-def test_tokens_beside_the_active_one_are_counted(
-    db: FeatureDB, dense: Dense, place: int
-) -> None:
+def test_tokens_beside_the_active_one_are_counted(db: FeatureDB, dense: Dense, place: int) -> None:
     rows = np.flatnonzero(dense.kept)
     windows = [dense.window(row, 1, 1) for row in rows]
-    beside = [int(dense.token_ids[r + place]) if r + place in w else -1 for r, w in zip(rows, windows, strict=True)]
+    beside = [
+        int(dense.token_ids[r + place]) if r + place in w else -1
+        for r, w in zip(rows, windows, strict=True)
+    ]
     n_on, n_seen = Counter(beside), 0
     for feature, token, n_active, n_total in db.sql(
         "SELECT feature_id, token_id, n_active, n_total FROM feature_nearby_tokens WHERE place = ?",

@@ -149,7 +149,10 @@ def test_totals_equal_those_of_dense_acts(entries: Entries) -> None:
     for feature in range(D_SAE):
         docs = entries.documents[is_active[feature]]
         assert totals.n_documents[feature] == len(set(docs))
-        assert (totals.first_document[feature], totals.last_document[feature]) == (docs[0], docs[-1])
+        assert (totals.first_document[feature], totals.last_document[feature]) == (
+            docs[0],
+            docs[-1],
+        )
         by_bin = Counter(position_bin(p) for p in positions[is_active[feature]])
         assert {i: n for i, n in enumerate(totals.positions[feature]) if n} == by_bin
 
