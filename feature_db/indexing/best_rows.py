@@ -14,7 +14,7 @@ from .sorting import Float32, Int32, Int64, compiled
 
 @compiled
 def best_entries(
-    offsets: Int64, scores: Float32 | Int64, documents: Int64, n: int, per_document: int
+    offsets: Int64, scores: Float32 | Int64, documents: Int32 | Int64, n: int, per_document: int
 ) -> Int64:
     """Places of the n entries of highest score of each feature, best first.
 

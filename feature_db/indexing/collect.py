@@ -18,7 +18,7 @@ from .part_files import PartWriter
 from .parts import PartRange, PartRecord, PartsFolder
 from .sorting import Float32, Int64
 from .spool import EntrySpool
-from .statistics import Scales, position_counts
+from .statistics import N_POSITION_BINS, Scales, position_bins
 from .text_rows import PartRows, rows_of
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ class RowCounts(NamedTuple):
         columns = (rows.token_ids, rows.previous, rows.following)
         counts = (np.bincount(c[kept][c[kept] >= 0], minlength=vocab_size) for c in columns)
         tokens, previous, following = counts
-        return cls(tokens, previous, following, position_counts(rows.positions[kept]))
+        bins = position_bins(rows.positions[kept])
+        return cls(tokens, previous, following, np.bincount(bins, minlength=N_POSITION_BINS))
 
     @classmethod
     def load(cls, folder: Path) -> "RowCounts":
@@ -125,6 +126,7 @@ class Collector:
         limit = min(self._cache.max_norm(hookpoint), indexed.sae.max_norm)
         return Counting(
             rows,
+            rows.records(),
             indexed.sae.d_sae,
             self._vocab_size,
             Scales.of(limit),

@@ -15,8 +15,8 @@ from .best_rows import acts_around, best_entries, sample_scores
 from .part_files import BUCKET, Columns, PartWriter
 from .sorting import Float32, Int32, Int64
 from .spool import Entries, EntrySpool, buckets
-from .statistics import FeatureTotals, Scales, feature_totals
-from .text_rows import PartRows
+from .statistics import FeatureTotals, Scales, feature_totals, fixed_acts
+from .text_rows import PartRows, RowRecords
 from .uses import companions, document_uses, near_misses, token_uses
 
 TOP, SAMPLE = 0, 1
@@ -27,7 +27,8 @@ CANDIDATES = 2
 # Strongest contexts of a neighbour in which a feature may be silent.
 _CONTEXTS_OF_NEIGHBORS = 4
 # Kept of each feature in each part; what is shown is chosen from them.
-MOST_TOKENS = 256
+_TOKEN_COLUMNS = {PREVIOUS: "previous", CURRENT: "token", FOLLOWING: "following"}
+MOST_TOKENS = {PREVIOUS: 64, CURRENT: 128, FOLLOWING: 64}
 MOST_DOCUMENTS = 16
 MOST_COMPANIONS = 32
 
@@ -35,11 +36,12 @@ MOST_COMPANIONS = 32
 class Counting(NamedTuple):
     """What all buckets of a part need.
 
-    rows: of the part. d_sae, vocab_size. scales: of the sums. neighbors: int64 [d_sae, n], nearest
-    features first, or [d_sae, 0].
+    rows: of the part; records: of them. d_sae, vocab_size. scales: of the sums.
+    neighbors: int64 [d_sae, n], nearest features first.
     """
 
     rows: PartRows
+    records: RowRecords
     d_sae: int
     vocab_size: int
     scales: Scales
@@ -77,22 +79,30 @@ def write_counts(
         on_features(d_sae + stop)
 
 
+class _Bucket(NamedTuple):
+    """Entries of some features, with what is known of their rows, by column of ENTRY_COLUMNS."""
+
+    entries: Entries
+    fixed: Int64
+    rows: dict[str, Int32]
+
+
 def _write_alone(
     counting: Counting, entries: Entries, strongest: Strongest, writer: PartWriter
 ) -> None:
-    rows, config = counting.rows, counting.config
-    totals = feature_totals(*entries[1:], rows.positions, rows.doc_ids, counting.scales)
-    fixed = np.rint(entries.acts.astype(np.float64) * counting.scales.act).astype(np.int64)
+    fixed = fixed_acts(entries.acts, counting.scales.act)
+    bucket = _Bucket(entries, fixed, counting.records.of_entries(entries.rows))
+    totals = _totals(counting, bucket)
     writer.write("totals", _totals_columns(entries.first, totals))
     for name, counts in (("histogram", totals.histogram), ("positions", totals.positions)):
         features, bins = np.nonzero(counts)
         columns = {"bin": bins, "n": counts[features, bins]}
         writer.write(name, _columns(entries.first + features, columns))
-    writer.write("tokens", _token_columns(counting, entries, fixed))
-    writer.write("documents", _document_columns(counting, entries, fixed))
-    top = _top(counting, entries)
+    writer.write("tokens", _token_columns(counting, bucket))
+    writer.write("documents", _document_columns(counting, bucket))
+    top = _top(counting, bucket)
     writer.write("contexts", _context_columns(counting, entries, top, _sample(counting, entries)))
-    if config.keep_activations:
+    if counting.config.keep_activations:
         writer.write("activations", _activation_columns(counting, entries))
     part = slice(entries.first, entries.first + len(top))
     strongest.n_active[part] = totals.n_active
@@ -137,12 +147,30 @@ def _write_beside(
     writer.write("near_misses", _columns(first + features, misses))
 
 
-def _top(counting: Counting, entries: Entries) -> Int64:
-    config = counting.config
+def _totals(counting: Counting, bucket: _Bucket) -> FeatureTotals:
+    entries, rows, doc_ids = bucket.entries, bucket.rows, counting.records.doc_ids
+    totals = feature_totals(
+        entries.offsets,
+        entries.acts,
+        bucket.fixed,
+        rows["position"],
+        rows["position_bin"],
+        rows["document"],
+        counting.scales,
+    )
+    first, last = (
+        np.where(place < 0, -1, doc_ids[place])
+        for place in (totals.first_document, totals.last_document)
+    )
+    return totals._replace(first_document=first, last_document=last)
+
+
+def _top(counting: Counting, bucket: _Bucket) -> Int64:
+    config, entries = counting.config, bucket.entries
     return best_entries(
         entries.offsets,
         entries.acts,
-        counting.rows.doc_ids[entries.rows],
+        bucket.rows["document"],
         CANDIDATES * config.n_top,
         config.max_per_document,
     )
@@ -188,14 +216,17 @@ def _totals_columns(first: int, totals: FeatureTotals) -> Columns:
     return _columns(first + alive, {name: getattr(totals, name)[alive] for name in names})
 
 
-def _token_columns(counting: Counting, entries: Entries, fixed: Int64) -> Columns:
-    rows = counting.rows
-    places = {PREVIOUS: rows.previous, CURRENT: rows.token_ids, FOLLOWING: rows.following}
+def _token_columns(counting: Counting, bucket: _Bucket) -> Columns:
+    entries = bucket.entries
     uses = {
         place: token_uses(
-            entries.offsets, entries.rows, fixed, ids, counting.vocab_size, MOST_TOKENS
+            entries.offsets,
+            bucket.fixed,
+            bucket.rows[column],
+            counting.vocab_size,
+            MOST_TOKENS[place],
         )
-        for place, ids in places.items()
+        for place, column in _TOKEN_COLUMNS.items()
     }
     place = np.repeat(list(uses), [len(each.features) for each in uses.values()])
     features, token_ids, n_active, act_sums = (
@@ -207,13 +238,14 @@ def _token_columns(counting: Counting, entries: Entries, fixed: Int64) -> Column
     return _columns(entries.first + features[order], taken)
 
 
-def _document_columns(counting: Counting, entries: Entries, fixed: Int64) -> Columns:
+def _document_columns(counting: Counting, bucket: _Bucket) -> Columns:
+    entries = bucket.entries
     found = document_uses(
-        entries.offsets, entries.rows, entries.acts, fixed, counting.rows.doc_ids, MOST_DOCUMENTS
+        entries.offsets, entries.acts, bucket.fixed, bucket.rows["document"], MOST_DOCUMENTS
     )
     features, places = np.nonzero(found.documents >= 0)
     columns = {
-        "doc_id": found.documents[features, places],
+        "doc_id": counting.records.doc_ids[found.documents[features, places]],
         "n_active": found.n_active[features, places],
         "act_sum": found.act_sums[features, places],
         "max_act": found.max_acts[features, places],

@@ -65,3 +65,14 @@ def joined_runs(offsets: Int64, rows: Int32, acts: Float32) -> tuple[Int64, Int3
                 at += 1
         joined[feature + 1] = at
     return joined, new_rows, new_acts
+
+
+@compiled
+def columns_of(table: Int32, rows: Int32) -> Int32:
+    """Some rows of a table [n_rows, n_columns], by column: int32 [n_columns, len(rows)]."""
+    columns = np.empty((table.shape[1], len(rows)), np.int32)
+    for i in range(len(rows)):
+        row = np.uint32(rows[i])
+        for column in range(table.shape[1]):
+            columns[column, i] = table[row, column]
+    return columns

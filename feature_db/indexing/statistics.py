@@ -45,9 +45,9 @@ class FeatureTotals(NamedTuple):
     """Of each of some features; all [n_features] but the last two.
 
     n_active; act_sum, square_sum: int64, see `Scales`. max_act: float32. position_sum: int64.
-    n_documents: documents it is active in. first_document, last_document: its first and last, -1
-    if there is none. histogram: int64 [n_features, N_BINS]; positions: [n_features,
-    N_POSITION_BINS].
+    n_documents: documents it is active in. first_document, last_document: its first and last, as
+    they were given, -1 if there is none. histogram: int64 [n_features, N_BINS]; positions:
+    [n_features, N_POSITION_BINS].
     """
 
     n_active: Int64
@@ -62,10 +62,26 @@ class FeatureTotals(NamedTuple):
     positions: Int64
 
 
+@compiled
+def fixed_acts(acts: Float32, scale: float) -> Int64:
+    """Acts in units of `1 / scale`."""
+    fixed = np.empty(len(acts), np.int64)
+    for i in range(len(acts)):
+        fixed[i] = np.int64(np.rint(np.float64(acts[i]) * scale))
+    return fixed
+
+
 def feature_totals(
-    offsets: Int64, rows: Int32, acts: Float32, positions: Int32, documents: Int64, scales: Scales
+    offsets: Int64,
+    acts: Float32,
+    fixed: Int64,
+    positions: Int32,
+    position_bins: Int32,
+    documents: Int32,
+    scales: Scales,
 ) -> FeatureTotals:
-    """offsets, rows, acts: entries by feature. positions, documents: of each row."""
+    """offsets, acts: entries by feature. fixed: see `fixed_acts`. positions, their bins, documents:
+    of the row of each entry."""
     n_features = len(offsets) - 1
     counts = np.zeros((6, n_features), np.int64)
     max_act = np.zeros(n_features, np.float32)
@@ -73,8 +89,8 @@ def feature_totals(
     by_position = np.zeros((n_features, N_POSITION_BINS), np.int64)
     bits = acts.view(np.uint32)
     _add_totals(
-        offsets, rows, acts, bits, positions, documents,
-        scales.act, scales.square, counts, max_act, histogram, by_position,
+        offsets, acts, bits, fixed, positions, position_bins, documents,
+        scales.square, counts, max_act, histogram, by_position,
     )  # fmt: skip
     return FeatureTotals(
         np.diff(offsets), counts[0], counts[1], max_act, counts[2], counts[3], counts[4],
@@ -85,12 +101,12 @@ def feature_totals(
 @compiled
 def _add_totals(
     offsets: Int64,
-    rows: Int32,
     acts: Float32,
     bits: NDArray[np.uint32],
+    fixed: Int64,
     positions: Int32,
-    documents: Int64,
-    act_scale: float,
+    position_bins: Int32,
+    documents: Int32,
     square_scale: float,
     counts: Int64,
     max_act: Float32,
@@ -99,26 +115,22 @@ def _add_totals(
 ) -> None:
     for feature in range(len(offsets) - 1):
         act_sum, square_sum = np.int64(0), np.int64(0)
-        position_sum, n_documents = 0, 0
-        first, document, highest = np.int64(-1), np.int64(-1), np.float32(0)
+        position_sum, n_documents = np.int64(0), 0
+        document, highest = np.int32(-1), np.float32(0)
         for i in range(offsets[feature], offsets[feature + 1]):
-            act, row = np.float64(acts[i]), rows[i]
-            act_sum += np.int64(np.rint(act * act_scale))
+            act = np.float64(acts[i])
+            act_sum += fixed[i]
             square_sum += np.int64(np.rint(act * act * square_scale))
             highest = max(highest, acts[i])
             histogram[feature, _bin_of(bits[i])] += 1
-            position = positions[row]
-            position_sum += position
-            by_position[feature, position_bin(position)] += 1
-            if documents[row] != document:
-                document = documents[row]
-                n_documents += 1
-                if first < 0:
-                    first = document
+            position_sum += positions[i]
+            by_position[feature, position_bins[i]] += 1
+            n_documents += documents[i] != document
+            document = documents[i]
         counts[0, feature], counts[1, feature] = act_sum, square_sum
         counts[2, feature], counts[3, feature] = position_sum, n_documents
-        counts[4, feature], counts[5, feature] = first, document
-        max_act[feature] = highest
+        counts[4, feature] = documents[offsets[feature]] if n_documents else -1
+        counts[5, feature], max_act[feature] = document, highest
 
 
 @compiled
@@ -137,12 +149,12 @@ def position_bin(position: int) -> int:
 
 
 @compiled
-def position_counts(positions: Int32) -> Int64:
-    """How many of some positions, each 0 or more, lie in each bin: int64 [N_POSITION_BINS]."""
-    counts = np.zeros(N_POSITION_BINS, np.int64)
-    for position in positions:
-        counts[position_bin(position)] += 1
-    return counts
+def position_bins(positions: Int32) -> NDArray[np.int8]:
+    """The bin of each position: int8, same length."""
+    bins = np.empty(len(positions), np.int8)
+    for row in range(len(positions)):
+        bins[row] = position_bin(positions[row])
+    return bins
 
 
 def bin_edges() -> tuple[Float64, Float64]:

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from sae.atomic_files import commit
 
 from .best_rows import Spans
-from .sorting import Int32, Int64
+from .sorting import Int32, Int64, columns_of
+from .statistics import position_bins
 
 if TYPE_CHECKING:
     from activation_cache import Chunk
 
+ENTRY_COLUMNS = ("token", "previous", "following", "document", "position", "position_bin")
 _COLUMNS = {"token_ids": np.int32, "doc_ids": np.int64, "positions": np.int32}
 
 
@@ -47,6 +49,20 @@ class PartRows(NamedTuple):
         spans = Spans(before, after)
         return cls(chunks[0].first_row, ids, docs, positions, previous, following, spans)
 
+    def records(self) -> "RowRecords":
+        """What is looked up of every entry's row, side by side in memory."""
+        doc_ids, documents = np.unique(self.doc_ids, return_inverse=True)
+        columns: dict[str, Any] = {
+            "token": self.token_ids,
+            "previous": self.previous,
+            "following": self.following,
+            "document": documents,
+            "position": self.positions,
+            "position_bin": position_bins(self.positions),
+        }
+        table = np.stack([columns[name] for name in ENTRY_COLUMNS], axis=1)
+        return RowRecords(table.astype(np.int32), doc_ids)
+
     def save(self, folder: Path) -> None:
         """Write what `TextRows` reads, where it isn't there yet."""
         for name, dtype in _COLUMNS.items():
@@ -55,6 +71,17 @@ class PartRows(NamedTuple):
                 aside = folder / f"{name}.aside.npy"
                 np.save(aside, getattr(self, name).astype(dtype, copy=False))
                 commit(aside, path)
+
+
+class RowRecords(NamedTuple):
+    """table: int32 [rows, len(ENTRY_COLUMNS)]; documents as places in doc_ids, int64, ascending."""
+
+    table: Int32
+    doc_ids: Int64
+
+    def of_entries(self, rows: Int32) -> dict[str, Int32]:
+        """Column -> what it says of the row of each entry."""
+        return dict(zip(ENTRY_COLUMNS, columns_of(self.table, rows), strict=True))
 
 
 def rows_of(chunk: "Chunk", before: int, after: int) -> PartRows:

@@ -10,6 +10,9 @@ import numpy as np
 
 from .sorting import Float32, Int32, Int64, compiled
 
+MOST_ROWS = 512
+"""Of a feature's rows in a part that are looked at for the features beside it."""
+
 
 class TokenUses(NamedTuple):
     """Pairs of features and tokens, by feature and then token; all [n].
@@ -26,27 +29,23 @@ class TokenUses(NamedTuple):
 
 def token_uses(
     offsets: Int64,
-    rows: Int32,
-    fixed_acts: Int64,
+    fixed: Int64,
     tokens: Int32,
     vocab_size: int,
     most: int,
 ) -> TokenUses:
     """The `most` frequent tokens of each feature; equal ones: those of smaller ids.
 
-    tokens: int32 [rows], -1 where there is none. fixed_acts: int64 [nnz], see `Scales`.
+    fixed: int64 [nnz], see `fixed_acts`. tokens: int32 [nnz], -1 where there is none.
     """
-    counts, token_ids, n_active, act_sums = _token_uses(
-        offsets, rows, fixed_acts, tokens, vocab_size, most
-    )
+    counts, token_ids, n_active, act_sums = _token_uses(offsets, fixed, tokens, vocab_size, most)
     return TokenUses(np.repeat(np.arange(len(counts)), counts), token_ids, n_active, act_sums)
 
 
 @compiled
 def _token_uses(
     offsets: Int64,
-    rows: Int32,
-    fixed_acts: Int64,
+    fixed: Int64,
     tokens: Int32,
     vocab_size: int,
     most: int,
@@ -58,24 +57,24 @@ def _token_uses(
         room += min(offsets[feature + 1] - offsets[feature], most)
     counts = np.zeros(n_features, np.int64)
     found = np.empty((3, room), np.int64)
-    n_on = np.zeros(vocab_size, np.int64)
+    n_on = np.zeros(vocab_size, np.int32)
     sum_on = np.zeros(vocab_size, np.int64)
     touched = np.empty(vocab_size, np.int64)
     at = 0
     for feature in range(n_features):
         n_touched = 0
         for i in range(offsets[feature], offsets[feature + 1]):
-            token = tokens[rows[i]]
-            if token < 0:
+            if tokens[i] < 0:
                 continue
+            token = np.uint32(tokens[i])
             if n_on[token] == 0:
                 touched[n_touched] = token
                 n_touched += 1
             n_on[token] += 1
-            sum_on[token] += fixed_acts[i]
+            sum_on[token] += fixed[i]
         kept = touched[:n_touched].copy()
         if len(kept) > most:
-            keys = n_on[kept] * vocab_size + (vocab_size - 1 - kept)
+            keys = n_on[kept].astype(np.int64) * vocab_size + (vocab_size - 1 - kept)
             keys.sort()
             kept = vocab_size - 1 - keys[len(keys) - most :] % vocab_size
         kept.sort()
@@ -101,15 +100,15 @@ class DocumentUses(NamedTuple):
 
 
 def document_uses(
-    offsets: Int64, rows: Int32, acts: Float32, fixed_acts: Int64, documents: Int64, n: int
+    offsets: Int64, acts: Float32, fixed: Int64, documents: Int32, n: int
 ) -> DocumentUses:
-    """The n documents of largest summed act; equal ones: the earlier. documents: of each row."""
-    return DocumentUses(*_document_uses(offsets, rows, acts, fixed_acts, documents, n))
+    """The n documents of largest summed act; equal ones: the earlier. documents: of each entry."""
+    return DocumentUses(*_document_uses(offsets, acts, fixed, documents, n))
 
 
 @compiled
 def _document_uses(
-    offsets: Int64, rows: Int32, acts: Float32, fixed_acts: Int64, documents: Int64, n: int
+    offsets: Int64, acts: Float32, fixed: Int64, documents: Int32, n: int
 ) -> tuple[Int64, Int64, Int64, Float32]:
     n_features = len(offsets) - 1
     best = np.full((n_features, n), -1, np.int64)
@@ -119,9 +118,9 @@ def _document_uses(
     for feature in range(n_features):
         i, stop, filled = offsets[feature], offsets[feature + 1], 0
         while i < stop:
-            document, its_sum, its_n, its_max = documents[rows[i]], np.int64(0), 0, acts[i]
-            while i < stop and documents[rows[i]] == document:
-                its_sum += fixed_acts[i]
+            document, its_sum, its_n, its_max = documents[i], np.int64(0), 0, acts[i]
+            while i < stop and documents[i] == document:
+                its_sum += fixed[i]
                 its_max = max(its_max, acts[i])
                 its_n += 1
                 i += 1
@@ -143,7 +142,8 @@ def _document_uses(
 class Companions(NamedTuple):
     """Features that are active on the same rows; [n_features, n].
 
-    others: int64, -1 where there are fewer. n_both: rows on which both are.
+    others: int64, -1 where there are fewer. n_both: rows on which both are. Of a feature with more
+    than `MOST_ROWS` entries every second, or third, ... entry is looked at, and n_both estimated.
     """
 
     others: Int64
@@ -182,38 +182,39 @@ def _companions(
     best = np.full((n_features, n), -1, np.int64)
     n_both = np.zeros((n_features, n), np.int64)
     counts = np.zeros(len(n_active), np.int32)
-    touched = np.empty(len(n_active), np.int32)
     scores = np.empty(n, np.float64)
     for feature in range(n_features):
-        n_touched, filled = 0, 0
-        for i in range(offsets[feature], offsets[feature + 1]):
-            row = rows[i]
-            for j in range(row_offsets[row], row_offsets[row + 1]):
-                other = row_features[j]
+        first, n_entries = offsets[feature], offsets[feature + 1] - offsets[feature]
+        step = max((n_entries + MOST_ROWS - 1) // MOST_ROWS, 1)
+        n_looked_at = (n_entries + step - 1) // step
+        for i in range(first, first + n_entries, step):
+            for j in range(row_offsets[rows[i]], row_offsets[rows[i] + 1]):
+                counts[np.uint32(row_features[j])] += 1
+        counts[first_feature + feature] = 0
+        filled = 0
+        for i in range(first, first + n_entries, step):
+            for j in range(row_offsets[rows[i]], row_offsets[rows[i] + 1]):
+                other = np.uint32(row_features[j])
                 if counts[other] == 0:
-                    touched[n_touched] = other
-                    n_touched += 1
-                counts[other] += 1
-        for t in range(n_touched):
-            other, both = touched[t], np.int64(counts[touched[t]])
-            counts[other] = 0
-            if other == first_feature + feature:
-                continue
-            score = both * both / n_active[other]
-            if filled == n and score < scores[n - 1]:
-                continue
-            at = min(filled, n - 1)
-            if filled == n and score == scores[at] and other > best[feature, at]:
-                continue
-            filled = min(filled + 1, n)
-            while at > 0 and (
-                scores[at - 1] < score
-                or (scores[at - 1] == score and best[feature, at - 1] > other)
-            ):
-                scores[at], best[feature, at] = scores[at - 1], best[feature, at - 1]
-                n_both[feature, at] = n_both[feature, at - 1]
-                at -= 1
-            scores[at], best[feature, at], n_both[feature, at] = score, other, both
+                    continue
+                both = counts[other] * n_entries // n_looked_at
+                counts[other] = 0
+                score = both * both / n_active[other]
+                if filled == n and (
+                    score < scores[n - 1]
+                    or (score == scores[n - 1] and other > best[feature, n - 1])
+                ):
+                    continue
+                at = min(filled, n - 1)
+                filled = min(filled + 1, n)
+                while at > 0 and (
+                    scores[at - 1] < score
+                    or (scores[at - 1] == score and best[feature, at - 1] > other)
+                ):
+                    scores[at], best[feature, at] = scores[at - 1], best[feature, at - 1]
+                    n_both[feature, at] = n_both[feature, at - 1]
+                    at -= 1
+                scores[at], best[feature, at], n_both[feature, at] = score, other, both
     return best, n_both
 
 

@@ -15,7 +15,9 @@ from feature_db.indexing.statistics import (
     Scales,
     bin_edges,
     feature_totals,
+    fixed_acts,
     position_bin,
+    position_bins,
     position_edges,
     quantiles_in,
 )
@@ -136,8 +138,15 @@ def test_acts_around_are_those_within_reach(entries: Entries) -> None:
 def test_totals_equal_those_of_dense_acts(entries: Entries) -> None:
     positions = (np.arange(N_ROWS) % 7).astype(np.int32)
     scales = Scales.of(10.0)
+    fixed = fixed_acts(entries.acts, scales.act)
     totals = feature_totals(
-        entries.offsets, entries.rows, entries.acts, positions, entries.documents, scales
+        entries.offsets,
+        entries.acts,
+        fixed,
+        positions[entries.rows],
+        position_bins(positions)[entries.rows].astype(np.int32),
+        entries.documents[entries.rows].astype(np.int32),
+        scales,
     )
     dense, is_active = entries.dense.astype(np.float64), entries.dense > 0
     assert totals.n_active.tolist() == is_active.sum(1).tolist()
@@ -161,7 +170,13 @@ def test_totals_equal_those_of_dense_acts(entries: Entries) -> None:
 def test_every_act_lies_in_its_bin(act: float) -> None:
     one = np.zeros(1, np.int32)
     totals = feature_totals(
-        np.array([0, 1]), one, np.array([act], np.float32), one, one.astype(np.int64), Scales.of(1)
+        np.array([0, 1]),
+        np.array([act], np.float32),
+        one.astype(np.int64),
+        one,
+        one,
+        one,
+        Scales.of(1),
     )
     (number,) = np.flatnonzero(totals.histogram[0])
     lo, hi = bin_edges()
@@ -182,7 +197,13 @@ def test_quantiles_from_a_histogram_come_near_the_exact_ones() -> None:
     acts = np.random.default_rng(0).lognormal(0, 1, 4000).astype(np.float32)
     rows = np.arange(4000, dtype=np.int32)
     totals = feature_totals(
-        np.array([0, 4000]), rows, acts, rows, rows.astype(np.int64), Scales.of(100.0)
+        np.array([0, 4000]),
+        acts,
+        rows.astype(np.int64),
+        rows,
+        rows % N_POSITION_BINS,
+        rows,
+        Scales.of(100.0),
     )
     exact = np.argsort(np.argsort(acts)) / 4000
     found = quantiles_in(totals.histogram, np.zeros(4000, np.int64), acts)
@@ -192,7 +213,7 @@ def test_quantiles_from_a_histogram_come_near_the_exact_ones() -> None:
 @pytest.mark.parametrize("most", [2, 100])
 def test_token_uses_are_the_most_frequent_pairs(entries: Entries, most: int) -> None:
     fixed = (entries.acts * 2).astype(np.int64)
-    found = token_uses(entries.offsets, entries.rows, fixed, entries.tokens, 4, most)
+    found = token_uses(entries.offsets, fixed, entries.tokens[entries.rows], 4, most)
     rows = list(zip(*(column.tolist() for column in found), strict=True))
     expected = []
     for feature in range(D_SAE):
@@ -207,7 +228,9 @@ def test_token_uses_are_the_most_frequent_pairs(entries: Entries, most: int) -> 
 
 def test_document_uses_are_those_of_largest_sum(entries: Entries) -> None:
     fixed = (entries.acts * 2).astype(np.int64)
-    found = document_uses(entries.offsets, entries.rows, entries.acts, fixed, entries.documents, 3)
+    found = document_uses(
+        entries.offsets, entries.acts, fixed, entries.documents[entries.rows].astype(np.int32), 3
+    )
     for feature in range(D_SAE):
         acts = entries.dense[feature] * 2
         sums = {d: acts[entries.documents == d] for d in set(entries.documents.tolist())}
