@@ -21,7 +21,7 @@ from .errors import (
     QueryError,
     SchemaVersionError,
 )
-from .feature import Context, Feature, HistogramBin, LogitEffect, Neighbor, TokenLift
+from .feature import Coactivation, Context, Feature, HistogramBin, LogitEffect, Neighbor, TokenLift
 from .result import Result
 from .schema import SCHEMA_VERSION
 from .token_text import visible
@@ -29,6 +29,7 @@ from .token_text import visible
 __all__ = [
     "SCHEMA_VERSION",
     "ActiveFeatures",
+    "Coactivation",
     "Context",
     "DatabaseExistsError",
     "Feature",
