@@ -6,11 +6,12 @@ verified against its checksum as it is loaded. `windows` and `shuffle` mix them 
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from .chunks import CachedDocument, Chunk, DocumentActs, TokenBlock
@@ -23,7 +24,7 @@ from .quantization import added_fvu
 from .read_ahead import copied_ahead, read_ahead
 from .row_selection import RowSelection, Split
 from .shard_reader import ShardReader
-from .shards import verify_shard
+from .shards import TOKENS, verify_shard
 from .shuffle import Epoch, shuffled_batches
 from .store import LocalStore, Store, open_store
 from .windows import Wanted, WindowLoader
@@ -38,6 +39,7 @@ class ActivationCache:
         document's number, so that a document stays on its side however the cache grows.
     window_bytes: memory for one window of shuffling (two are held at a time); the order of the
         rows depends on it.
+    max_norms: hookpoint -> the norm above which a row is massive, instead of one from the median.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class ActivationCache:
         massive_norm: float | None = 10.0,
         heldout_fraction: float = 0.1,
         window_bytes: int = 256_000_000,
+        max_norms: Mapping[str, float] | None = None,
     ):
         self._store, self.parts = store, parts
         self._massive_norm, self._heldout_fraction = massive_norm, heldout_fraction
@@ -58,6 +61,7 @@ class ActivationCache:
             massive_norm=massive_norm,
             heldout_fraction=heldout_fraction,
             keep_first_position=self.manifest.fingerprint.keep_first_position,
+            max_norms=max_norms,
         )
         self._in_order = InOrder(self._shards, self._selection)
 
@@ -82,6 +86,18 @@ class ActivationCache:
 
     # -- what it is ------------------------------------------------------------------------------
 
+    def with_max_norms(self, max_norms: Mapping[str, float]) -> "ActivationCache":
+        """The same cache with norms above which rows are massive, instead of those that its first
+        rows say, which a cache that grows may change."""
+        return ActivationCache(
+            self._store,
+            self.parts,
+            massive_norm=self._massive_norm,
+            heldout_fraction=self._heldout_fraction,
+            window_bytes=self._window_bytes,
+            max_norms=max_norms,
+        )
+
     @property
     def path(self) -> Path | str:
         """Its folder, or its URL."""
@@ -104,6 +120,25 @@ class ActivationCache:
     @property
     def n_shards(self) -> int:
         return len(self._shards)
+
+    @property
+    def shard_edges(self) -> list[int]:
+        """First row of every shard, and the end of the last: [n_shards + 1], ascending."""
+        return [int(row) for row in self._shards.first_rows]
+
+    @property
+    def sources(self) -> Mapping[int, str]:
+        """Document's number -> its source."""
+        return self._shards.sources
+
+    def rows_hash(self, hookpoint: str, shards: range) -> str:
+        """A hash of some shards' rows and tokens, from their records."""
+        digest = xxhash.xxh3_128()
+        for shard in shards:
+            files = self._shards.shards[shard].record.files
+            for name in (TOKENS, hookpoint):
+                digest.update("".join([*files[name].block_hashes, files[name].rest_hash]).encode())
+        return digest.hexdigest()
 
     @property
     def n_documents(self) -> int:
@@ -320,16 +355,18 @@ class ActivationCache:
         split: Split = "all",
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        shards: range | None = None,
     ) -> Iterator[Chunk]:
         """The cache in order, some whole blocks at a time (at least `rows` rows, but the last).
 
         rows: left out, as many as take 16 MB in float32. The next chunk is read while one is used.
         Rows outside of `split` are marked as massive ones are: present, and not to be used.
+        shards: some of them alone, by number.
         """
         row_bytes = 4 * self.d_model(hookpoint)
         rows = rows or max(CHUNK_BYTES // row_bytes, 1)
         return read_ahead(
-            self._in_order.chunks(hookpoint, rows, split, resolve_device(str(device)), dtype)
+            self._in_order.chunks(hookpoint, rows, split, resolve_device(str(device)), dtype, shards)
         )
 
     def document_acts(self, hookpoint: str, *, split: Split = "all") -> Iterator[DocumentActs]:

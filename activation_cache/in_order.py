@@ -41,11 +41,17 @@ class InOrder:
         self._shards, self._selection = shards, selection
 
     def chunks(
-        self, hookpoint: str, rows: int, split: Split, device: torch.device, dtype: torch.dtype
+        self,
+        hookpoint: str,
+        rows: int,
+        split: Split,
+        device: torch.device,
+        dtype: torch.dtype,
+        shards: range | None = None,
     ) -> Iterator[Chunk]:
         """See `ActivationCache.chunks`."""
-        key = ((hookpoint,), split)
-        for piece, stored in read_ahead(self._read_pieces(hookpoint, rows)):
+        key, shards = ((hookpoint,), split), shards or range(len(self._shards))
+        for piece, stored in read_ahead(self._read_pieces(hookpoint, rows, shards)):
             tokens, inside = self._shards.tokens(piece.shard), slice(piece.first, piece.last)
             offsets = tokens["block_offsets"][piece.begin : piece.end + 1]
             kept = self._selection.kept_between(piece.shard, piece.first, piece.last, key)
@@ -59,18 +65,20 @@ class InOrder:
                 first_row=int(self._shards.first_rows[piece.shard]) + piece.first,
             )
 
-    def _pieces(self, rows: int) -> Iterator[_Piece]:
-        """The cache in order, cut between packed blocks."""
-        for shard in range(len(self._shards)):
+    def _pieces(self, rows: int, shards: range) -> Iterator[_Piece]:
+        """Some shards in order, cut between packed blocks."""
+        for shard in shards:
             offsets = self._shards.tokens(shard)["block_offsets"].numpy()
             for begin, end in runs_of_blocks(offsets, rows):
                 yield _Piece(shard, begin, end, int(offsets[begin]), int(offsets[end]))
 
-    def _read_pieces(self, hookpoint: str, rows: int) -> Iterator[tuple[_Piece, StoredRows]]:
+    def _read_pieces(
+        self, hookpoint: str, rows: int, shards: range
+    ) -> Iterator[tuple[_Piece, StoredRows]]:
         """Each piece as it is stored; the disk is told in good time of what comes."""
         told = 0  # rows of the cache
         n_ahead = _AHEAD_BYTES // self._shards.file(0, hookpoint).row_bytes
-        for piece in self._pieces(rows):
+        for piece in self._pieces(rows, shards):
             last = int(self._shards.first_rows[piece.shard]) + piece.last
             if told < last + n_ahead // 2:
                 self._expect(hookpoint, max(told, last), last + n_ahead)

@@ -9,7 +9,7 @@ The tables are in feature_db/migrations. Ranks count from 1; every other number 
 """
 
 from .active import ActiveFeatures
-from .build import build_index
+from .build import build_index, index_parts
 from .config import IndexConfig, IndexProgress
 from .database import FeatureDB
 from .errors import (
@@ -21,7 +21,7 @@ from .errors import (
     QueryError,
     SchemaVersionError,
 )
-from .feature import Context, Feature, HistogramBin, LogitEffect, Neighbor, TokenLift
+from .feature import Coactivation, Context, Feature, HistogramBin, LogitEffect, Neighbor, TokenLift
 from .result import Result
 from .schema import SCHEMA_VERSION
 from .token_text import visible
@@ -29,6 +29,7 @@ from .token_text import visible
 __all__ = [
     "SCHEMA_VERSION",
     "ActiveFeatures",
+    "Coactivation",
     "Context",
     "DatabaseExistsError",
     "Feature",
@@ -47,5 +48,6 @@ __all__ = [
     "SchemaVersionError",
     "TokenLift",
     "build_index",
+    "index_parts",
     "visible",
 ]

@@ -10,7 +10,8 @@ from rich.text import Text
 
 from sae import SAE
 
-from .codes import Float32, Int64, rank_in_run
+from .indexing.sorting import Float32, Int64
+from .indexing.text_rows import rank_in_run
 from .result import Result
 from .shading import html_block, html_text, shaded_html, shaded_text
 from .token_text import visible

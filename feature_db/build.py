@@ -6,8 +6,8 @@ The file is built in a folder beside its place, made durable, and renamed: at `o
 whole database or what was there before.
 """
 
-import fcntl
-import os
+import datetime
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,12 +20,14 @@ import duckdb
 from sae import SAE
 from sae.atomic_files import commit
 
-from .collect import SAEState, TokenSpool, collect
 from .config import IndexConfig, IndexProgress, OnProgress
 from .errors import DatabaseExistsError, IndexingError
+from .indexing.collect import Collector
+from .indexing.parts import PARTS_SUFFIX, PartRange, PartsFolder, part_settings, take_lock
+from .indexing.text_rows import TextRows
+from .indexing.write import SAERows, Writer, sae_row
 from .inputs import IndexedSAE, check_fit, identity_hash, resolve_saes
 from .schema import get_meta, migrate, set_meta
-from .write import Writer
 
 if TYPE_CHECKING:
     from activation_cache import ActivationCache, LanguageModel
@@ -42,69 +44,153 @@ def build_index(
     config: IndexConfig | None = None,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
+    parts: Sequence[str | Path] = (),
+    created_at: datetime.datetime | None = None,
 ) -> Path:
     """Index every feature of `saes` over the whole cache, in one pass for each hookpoint.
 
     lm: the model that the cache was made with. saes: SAEs, or folders of trained ones; sae_id is
         the place in this list.
     out: the database. One that was made from exactly the same things is left as it is and returned
-        at once; another one is replaced only with overwrite=True.
+        at once. One of fewer SAEs, or of the same text as far as it went, is extended: what its
+        parts (`out`.parts) hold isn't counted again. Another one is replaced only with
+        overwrite=True.
+    parts: folders with parts that `index_parts` counted elsewhere.
+    created_at: UTC, for `saes`; now, if left out. With it equal the same things give the same
+        rows in the same order (`FeatureDB.content_hash`), wherever parts were counted.
     on_progress: told as the work goes on.
     Rows that are not indexed: BOS, rows of massive norm, rows outside an SAE's domain; they are
     counted in saes.n_tokens_skipped.
     Returns: `out`, for FeatureDB.open.
     Raises: IndexingError if the parts don't fit together; DatabaseExistsError. Whatever goes
-        wrong, `out` is as it was, and nothing else is left behind.
+        wrong, `out` is as it was; finished parts stay, and the next build goes on from them.
     """
-    path, config = Path(out), config or IndexConfig()
+    path, config, told = Path(out), config or IndexConfig(), on_progress or _ignore
     indexed = resolve_saes(saes, cache)
     check_fit(lm, indexed, cache)
     identity = identity_hash(lm, indexed, cache, config)
+    folder = path.with_name(path.name + PARTS_SUFFIX)
     if path.exists():
         if _identity_of(path) == identity:
             return path
-        if not overwrite:
+        if not overwrite and not (folder.is_dir() and _is_extended(path, indexed, config)):
             raise DatabaseExistsError(
                 f"{path} exists and was made from something else: pass overwrite=True to replace "
                 "it, or another out"
             )
-    with _building_folder(path) as folder:
-        made = folder / "features.duckdb"
-        connection = duckdb.connect(str(made))
-        try:
+    with _building_folder(path) as building:
+        if overwrite and not _is_extended(path, indexed, config):
+            shutil.rmtree(folder, ignore_errors=True)
+        text = _Text(
+            lm, cache, indexed, PartsFolder(folder, [Path(each) for each in parts]), config
+        )
+        text.count(told)
+        made = building / "features.duckdb"
+        now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
+        with duckdb.connect(str(made)) as connection:
             migrate(connection)
-            spool = TokenSpool(folder / "tokens.bin")
-            writer = Writer(connection, lm, cache, spool, config, on_progress or _ignore)
-            _write_all(writer, indexed, cache, spool, config, folder, on_progress or _ignore)
+            text.write(Writer(connection, lm, text.rows(), config, told), created_at or now)
             _write_meta(connection, identity, cache, config)
-        finally:
-            connection.close()
         commit(made, path)
     return path
 
 
-def _write_all(
-    writer: Writer,
-    saes: Sequence[IndexedSAE],
+def index_parts(
+    lm: "LanguageModel",
+    saes: "Sequence[SAE | str | Path]",
     cache: "ActivationCache",
-    spool: TokenSpool,
-    config: IndexConfig,
-    folder: Path,
-    on_progress: OnProgress,
-) -> None:
-    """One pass for each hookpoint, whose SAEs are written before the next pass begins."""
+    *,
+    out: str | Path,
+    config: IndexConfig | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    on_progress: OnProgress | None = None,
+) -> Path:
+    """Count every world_size-th part of the text, from the rank-th on, for a later `build_index`.
 
-    def on_rows(n_rows: int) -> None:
-        on_progress(IndexProgress("activations", n_rows, cache.n_tokens))
+    out: the folder for parts: that of the database to be (`NAME.duckdb.parts`), or one for its
+        `parts`. Processes may share it. Other arguments are those of build_index.
+    Returns: `out`.
+    Raises: IndexingError.
+    """
+    folder, config = Path(out), config or IndexConfig()
+    indexed = resolve_saes(saes, cache)
+    check_fit(lm, indexed, cache)
+    _Text(lm, cache, indexed, PartsFolder(folder), config).count(
+        on_progress or _ignore, rank, world_size
+    )
+    return folder
 
-    vocab_size = len(writer.words.texts)
-    for hookpoint, group in groupby(_by_hookpoint(saes), key=lambda each: each.hookpoint):
-        states = [SAEState(each, config, vocab_size, folder) for each in group]
-        collect(cache, hookpoint, states, spool, config, on_rows)
-        for state in states:
-            writer.write_sae(state)
-    if config.keep_documents:
-        writer.write_documents()
+
+class _Text:
+    """The text of a cache in parts, and what was counted on them."""
+
+    def __init__(
+        self,
+        lm: "LanguageModel",
+        cache: "ActivationCache",
+        saes: Sequence[IndexedSAE],
+        parts: PartsFolder,
+        config: IndexConfig,
+    ) -> None:
+        self._saes, self._parts, self._config = saes, parts, config
+        self._vocab_size = lm.vocab_size
+        norms = {each.hookpoint: cache.max_norm(each.hookpoint) for each in saes}
+        found = parts.require(part_settings(config, lm.vocab_size, norms))["found"]["max_norms"]
+        self._norms = norms | {name: float(norm) for name, norm in found.items()}
+        self._cache = cache.with_max_norms(self._norms)
+        self._ranges = parts.ranges(cache, config.part_rows)
+
+    def count(self, on_progress: OnProgress, rank: int = 0, world_size: int = 1) -> None:
+        """Count the parts that aren't there yet; of several processes, this one's share."""
+        mine = self._ranges[rank::world_size]
+        n_rows, n_done = sum(part.stop - part.first for part in mine), 0
+
+        def on_rows(n: int) -> None:
+            nonlocal n_done
+            n_done += n
+            on_progress(IndexProgress("activations", n_done, n_rows))
+
+        collector = Collector(self._cache, self._parts, self._config, self._vocab_size, on_rows)
+        for hookpoint, group in groupby(_by_hookpoint(self._saes), key=lambda each: each.hookpoint):
+            saes, n_done = list(group), 0
+            for part in mine:
+                missing = [each for each in saes if self._counted(part, each) is None]
+                if missing:
+                    collector.make(part, hookpoint, missing)
+                else:
+                    on_rows(part.stop - part.first)
+
+    def rows(self) -> TextRows:
+        """The tokens of all rows."""
+        return TextRows(self._parts.rows_folder(part) for part in self._ranges)
+
+    def write(self, writer: Writer, created_at: datetime.datetime) -> None:
+        """Write the tables of all SAEs, and the documents."""
+        for each in self._saes:
+            folders = [self._counted(part, each) for part in self._ranges]
+            found = SAERows.of(each, [f for f in folders if f], self._norms[each.hookpoint])
+            provenance = self._cache.provenance(each.hookpoint)
+            about = sae_row(found, provenance, self._cache.fingerprint_hash, created_at)
+            writer.write_sae(found, about)
+        if self._config.keep_documents:
+            writer.write_documents(self._cache.sources)
+
+    def _counted(self, part: PartRange, sae: IndexedSAE) -> Path | None:
+        source = self._cache.rows_hash(sae.hookpoint, part.shards)
+        return self._parts.of(part, sae.weights_hash, source)
+
+
+def _is_extended(path: Path, saes: Sequence[IndexedSAE], config: IndexConfig) -> bool:
+    """Whether a database holds some of these SAEs, at the same places, with the same options."""
+    try:
+        with duckdb.connect(str(path), read_only=True) as connection:
+            rows = connection.execute("SELECT sae_id, weights_hash FROM saes").fetchall()
+            same = get_meta(connection, "config") == json.dumps(config.identity())
+    except duckdb.Error:
+        return False
+    wanted = {(each.sae_id, each.weights_hash) for each in saes}
+    return same and {(int(number), digest) for number, digest in rows} <= wanted
 
 
 def _write_meta(
@@ -114,7 +200,7 @@ def _write_meta(
     config: IndexConfig,
 ) -> None:
     set_meta(connection, "identity", identity)
-    set_meta(connection, "config", config.model_dump_json())
+    set_meta(connection, "config", json.dumps(config.identity()))
     set_meta(connection, "cache_fingerprint", cache.fingerprint_hash)
     connection.execute("CHECKPOINT").fetchall()
 
@@ -147,24 +233,12 @@ def _building_folder(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise IndexingError(f"can't write {folder}: {error.strerror}; choose another out") from None
     with lock:
-        _take(lock.fileno(), path)
+        take_lock(lock.fileno(), path)
         try:
             _sweep(folder)
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _take(lock: int, path: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        holder = os.pread(lock, 64, 0).decode() or "another process"
-        raise IndexingError(
-            f"{path} is being built by {holder}: wait for it, or choose another out"
-        ) from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"process {os.getpid()}".encode(), 0)
 
 
 def _sweep(folder: Path) -> None:

@@ -5,13 +5,24 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
+_OF_PARTS = {
+    "n_top",
+    "max_per_document",
+    "quantile_sample",
+    "tokens_before",
+    "tokens_after",
+    "n_neighbors",
+    "n_negatives",
+    "keep_activations",
+    "seed",
+}
+
 
 class IndexConfig(BaseModel):
     """Options of `build_index`.
 
-    Memory while building, beside one chunk: about
-    `d_sae * (n_top + quantile_sample) * (4 * (tokens_before + 1 + tokens_after) + 48)` bytes
-    (180 MB at 16,384 features and the defaults), and what one bucket of token counts takes.
+    Memory while building, beside one chunk: 4 bytes an activation of a part, and what one bucket
+    of 1,024 features takes. Disk while a part is counted: 12 bytes an activation of it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,6 +61,20 @@ class IndexConfig(BaseModel):
         description="occurrences added to each token at the feature's own rate: tames rare tokens",
     )
     n_neighbors: int = Field(default=10, ge=1, description="nearest features by decoder cosine")
+    n_coactivations: int = Field(
+        default=10, ge=0, description="features kept that are active on the same tokens"
+    )
+    n_documents: int = Field(
+        default=5, ge=0, description="documents kept in which a feature is most active"
+    )
+    n_negatives: int = Field(
+        default=10,
+        ge=0,
+        description="hard negatives kept a feature: contexts of its neighbours where it is silent",
+    )
+    keep_activations: bool = Field(
+        default=False, description="keep every activation, as Parquet beside the database"
+    )
     keep_documents: bool = Field(default=True, description="write every document's text")
     seed: int = Field(default=0, ge=0, description="which activations the quantile sample holds")
     chunk_rows: int = Field(
@@ -58,9 +83,19 @@ class IndexConfig(BaseModel):
         description="tokens read at once; changes memory and speed, not the result",
     )
 
+    part_rows: int = Field(
+        default=1 << 20,
+        ge=1,
+        description="tokens counted as one part of the text: what a killed build may lose",
+    )
+
     def identity(self) -> dict[str, object]:
-        """The options that change what the index holds: all but `chunk_rows`."""
-        return self.model_dump(exclude={"chunk_rows"})
+        """The options that change what the index holds."""
+        return self.model_dump(exclude={"chunk_rows", "part_rows"})
+
+    def of_parts(self) -> dict[str, object]:
+        """The options that the parts of the text are counted with."""
+        return self.model_dump(include=_OF_PARTS)
 
 
 class IndexProgress(NamedTuple):

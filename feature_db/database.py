@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import duckdb
 import pyarrow as pa
+import xxhash
 
 from sae import SAE
 
@@ -95,6 +96,19 @@ class FeatureDB:
         Raises: QueryError in one line, with the tables where one is unknown.
         """
         return Result(self._arrow(query, params))
+
+    def content_hash(self) -> str:
+        """A hash of all tables' rows, in their order: the same for databases of equal content.
+
+        Their bytes differ all the same: DuckDB gives each file a random identifier.
+        """
+        digest = xxhash.xxh3_128()
+        tables = self._rows("SELECT table_name FROM duckdb_tables() ORDER BY table_name")
+        for table in (row["table_name"] for row in tables):
+            digest.update(table.encode())
+            rows = self._rows(f"SELECT md5(row::VARCHAR) AS digest FROM {table} AS row")
+            digest.update("".join(row["digest"] for row in rows).encode())
+        return digest.hexdigest()
 
     def saes(self) -> Result:
         """The SAEs that the database holds."""

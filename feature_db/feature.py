@@ -4,7 +4,7 @@ In: a feature's id. Out: a frozen record with its statistics, contexts, tokens, 
 and neighbours; in notebooks and terminals its contexts are shaded by activation.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,8 +23,9 @@ Rows = Callable[[str, Sequence[Any]], list[dict[str, Any]]]
 class Context(NamedTuple):
     """One place where a feature fires, and the text around it.
 
-    kind: "top" or "quantile". rank: from 1, by act. quantile: of the act among the feature's acts,
-    0 to 1; None for kind "top". position: of the active token in its document. peak: its index in
+    kind: "top", "quantile" or "negative" (a neighbour's context in which the feature is silent).
+    rank: from 1, by act. quantile: of the act among the feature's acts, 0 to 1; None for other
+    kinds. position: of the active token in its document. peak: its index in
     token_ids, tokens and acts. acts: the feature's act on each token.
     """
 
@@ -72,6 +73,15 @@ class HistogramBin(NamedTuple):
     n: int
 
 
+class Coactivation(NamedTuple):
+    """Another feature that is active on the same tokens. npmi: 0 by chance, 1 always together."""
+
+    feature_id: int
+    n_both: int
+    npmi: float
+    label: str | None
+
+
 class Neighbor(NamedTuple):
     """Another feature of the same SAE and the cosine of the two directions."""
 
@@ -100,11 +110,15 @@ class Feature:
     is_dead: bool
     top: tuple[Context, ...]
     quantiles: tuple[Context, ...]
+    negatives: tuple[Context, ...]
     tokens: tuple[TokenLift, ...]
+    tokens_before: tuple[TokenLift, ...]
+    tokens_after: tuple[TokenLift, ...]
     promoted: tuple[LogitEffect, ...]
     suppressed: tuple[LogitEffect, ...]
     histogram: tuple[HistogramBin, ...]
     neighbors: tuple[Neighbor, ...]
+    coactivations: tuple[Coactivation, ...]
 
     def __repr__(self) -> str:
         return f"Feature({self.feature_id}, {self.shown_label!r}, {self._statistics()})"
@@ -125,11 +139,14 @@ class Feature:
     def _lines(self) -> list[tuple[str, str]]:
         """(name, text) of what is shown beside the contexts; the text is safe, but no HTML."""
         lines = [
-            ("tokens", ", ".join(f"{quoted(t.token)} {t.lift:.3g}x" for t in self.tokens)),
+            ("tokens", _lifts(self.tokens)),
+            ("after", _lifts(self.tokens_before[:5])),
+            ("before", _lifts(self.tokens_after[:5])),
             ("promotes", ", ".join(f"{quoted(t.token)} {t.logit:+.2f}" for t in self.promoted)),
             ("suppresses", ", ".join(f"{quoted(t.token)} {t.logit:+.2f}" for t in self.suppressed)),
             ("acts", sparkline(self.histogram)),
-            ("near", "; ".join(_neighbor_text(n) for n in self.neighbors[:5])),
+            ("near", "; ".join(_other_text(n, n.cosine) for n in self.neighbors[:5])),
+            ("together", "; ".join(_other_text(c, c.npmi) for c in self.coactivations[:5])),
         ]
         return [(name, text) for name, text in lines if text]
 
@@ -176,6 +193,7 @@ def load_feature(rows: Rows, sae_id: int, feature_id: int) -> Feature | None:
     contexts = [_context(row) for row in rows(f"SELECT * FROM contexts {where} ORDER BY rank", ids)]
     logits = rows(f"SELECT * FROM feature_logits {where} ORDER BY rank", ids)
     tokens = rows(f"SELECT * FROM feature_tokens {where} ORDER BY rank", ids)
+    nearby = rows(f"SELECT * FROM feature_nearby_tokens {where} ORDER BY rank", ids)
     bins = rows(f"SELECT lo, hi, n FROM feature_histogram {where} ORDER BY bin", ids)
     near = rows(
         "SELECT neighbor_id AS feature_id, cosine, label FROM neighbors JOIN "
@@ -183,16 +201,26 @@ def load_feature(rows: Rows, sae_id: int, feature_id: int) -> Feature | None:
         f"USING (sae_id, neighbor_id) {where} ORDER BY rank",
         ids,
     )
+    together = rows(
+        "SELECT other_id AS feature_id, n_both, npmi, label FROM coactivations JOIN "
+        "(SELECT sae_id, feature_id AS other_id, label FROM features) "
+        f"USING (sae_id, other_id) {where} ORDER BY rank",
+        ids,
+    )
     names = Feature.__dataclass_fields__
     return Feature(
         **{name: value for name, value in found[0].items() if name in names},
         top=tuple(c for c in contexts if c.kind == "top"),
         quantiles=tuple(c for c in contexts if c.kind == "quantile"),
-        tokens=tuple(TokenLift(*(row[name] for name in TokenLift._fields)) for row in tokens),
+        negatives=tuple(c for c in contexts if c.kind == "negative"),
+        tokens=_token_lifts(tokens),
+        tokens_before=_token_lifts(row for row in nearby if row["place"] == -1),
+        tokens_after=_token_lifts(row for row in nearby if row["place"] == 1),
         promoted=_effects(logits, 1),
         suppressed=_effects(logits, -1),
         histogram=tuple(HistogramBin(**row) for row in bins),
         neighbors=tuple(Neighbor(**row) for row in near),
+        coactivations=tuple(Coactivation(**row) for row in together),
     )
 
 
@@ -214,6 +242,10 @@ def _context(row: dict[str, Any]) -> Context:
     return Context(**{name: row[name] for name in Context._fields} | lists)
 
 
+def _token_lifts(rows: Iterable[dict[str, Any]]) -> tuple[TokenLift, ...]:
+    return tuple(TokenLift(*(row[name] for name in TokenLift._fields)) for row in rows)
+
+
 def _effects(logits: Sequence[dict[str, Any]], sign: int) -> tuple[LogitEffect, ...]:
     return tuple(
         LogitEffect(row["token_id"], row["token"], row["logit"])
@@ -222,9 +254,13 @@ def _effects(logits: Sequence[dict[str, Any]], sign: int) -> tuple[LogitEffect, 
     )
 
 
-def _neighbor_text(neighbor: Neighbor) -> str:
-    label = f" {visible(neighbor.label)}" if neighbor.label else ""
-    return f"{neighbor.feature_id} ({neighbor.cosine:.2f}){label}"
+def _lifts(tokens: Sequence[TokenLift]) -> str:
+    return ", ".join(f"{quoted(t.token)} {t.lift:.3g}x" for t in tokens)
+
+
+def _other_text(other: Neighbor | Coactivation, how_near: float) -> str:
+    label = f" {visible(other.label)}" if other.label else ""
+    return f"{other.feature_id} ({how_near:.2f}){label}"
 
 
 def _strength(context: Context) -> str:

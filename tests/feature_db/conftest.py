@@ -100,6 +100,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         ctx_len=64,
         prepend_bos=True,
         storage_dtype="float32",
+        shard_bytes=20_000,
     )
     sae = random_sae(TopKConfig(d_sae=48, k=4), 0, cache)
     other = random_sae(BatchTopKConfig(d_sae=20, k=3), 1, cache)
@@ -111,6 +112,7 @@ def small_config(**changes: object) -> IndexConfig:
     """Small numbers, so that every limit is met."""
     options: dict[str, object] = {"n_top": 6, "quantile_sample": 12, "n_quantiles": 4}
     options |= {"tokens_before": 6, "tokens_after": 3, "chunk_rows": 500, "n_neighbors": 5}
+    options |= {"part_rows": 400}
     return IndexConfig.model_validate(options | changes)
 
 

@@ -51,12 +51,17 @@ def dense_index(sae: SAE, cache: ActivationCache, hookpoint: str) -> Dense:
 
 
 def top_rows(dense: Dense, feature: int, n: int, max_per_document: int) -> list[int]:
-    """The n strongest rows of a feature, at most some of each document; ties: earlier first."""
+    """The n strongest rows of a feature, at most some of each document; ties: earlier first.
+
+    Of 2 n such rows those whose text (8 tokens before, 3 after) another one has are left out.
+    """
     acts = dense.acts[:, feature]
     chosen: list[int] = []
-    documents: list[int] = []
-    for row in sorted(np.flatnonzero(acts), key=lambda r: (-acts[r], r)):
-        if documents.count(int(dense.doc_ids[row])) < max_per_document and len(chosen) < n:
-            chosen.append(int(row))
-            documents.append(int(dense.doc_ids[row]))
-    return chosen
+    for row in sorted(np.flatnonzero(acts).tolist(), key=lambda r: (-acts[r], r)):
+        n_same = sum(dense.doc_ids[other] == dense.doc_ids[row] for other in chosen)
+        if n_same < max_per_document and len(chosen) < 2 * n:
+            chosen.append(row)
+    texts = [tuple(dense.token_ids[dense.window(row, 6, 3)]) for row in chosen]
+    peaks = [row - dense.window(row, 6, 3)[0] for row in chosen]
+    seen = list(zip(texts, peaks, strict=True))
+    return [row for i, row in enumerate(chosen) if seen[i] not in seen[:i]][:n]

@@ -1,6 +1,7 @@
 """Building: the whole database or nothing, and inputs that don't belong together."""
 
 import fcntl
+import json
 from pathlib import Path
 
 import duckdb
@@ -25,10 +26,15 @@ def build(world: World, out: Path, **options: object) -> Path:
 
 
 @pytest.mark.parametrize(
-    "step", ["feature_db.build.commit", "feature_db.write._sae_row", "feature_db.build.collect"]
+    "step",
+    [
+        "feature_db.build.commit",
+        "feature_db.build.sae_row",
+        "feature_db.indexing.collect.write_counts",
+    ],
 )
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_failed_build_leaves_nothing(
+def test_failed_build_leaves_whole_parts_alone(
     world: World,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -41,7 +47,10 @@ def test_failed_build_leaves_nothing(
     monkeypatch.setattr(step, fail)
     with pytest.raises(error):
         build(world, tmp_path / "x.duckdb")
-    assert list(tmp_path.iterdir()) == []
+    (left,) = tmp_path.iterdir()
+    assert left.name == "x.duckdb.parts"
+    assert list(left.glob("*/*.building")) == []
+    assert len(list(left.glob("*/*/part.json"))) == len(list(left.glob("*/*/")))
 
 
 def test_failed_overwrite_leaves_the_old_database(
@@ -57,16 +66,16 @@ def test_failed_overwrite_leaves_the_old_database(
     with pytest.raises(StorageError, match="fault"):
         build(world, path, config=small_config(n_top=3), overwrite=True)
     assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
+    assert {each.name for each in tmp_path.iterdir()} == {"x.duckdb", "x.duckdb.parts"}
 
 
 def test_what_a_killed_build_left_is_swept(world: World, tmp_path: Path) -> None:
     left = tmp_path / "x.duckdb.building"
-    (left / "pairs-0").mkdir(parents=True)
+    (left / "some").mkdir(parents=True)
     (left / "features.duckdb").write_bytes(b"torn")
     (left / "tokens.bin").write_bytes(b"1234")
     path = build(world, tmp_path / "x.duckdb")
-    assert list(tmp_path.iterdir()) == [path]
+    assert {each.name for each in tmp_path.iterdir()} == {"x.duckdb", "x.duckdb.parts"}
     FeatureDB.open(path).close()
 
 
@@ -213,4 +222,4 @@ def test_the_database_says_what_made_it(world: World) -> None:
     with duckdb.connect(str(world.path), read_only=True) as connection:
         meta = dict(connection.execute("SELECT key, value FROM meta").fetchall())
     assert meta["cache_fingerprint"] == world.cache.fingerprint_hash
-    assert '"n_top":6' in meta["config"]
+    assert json.loads(meta["config"])["n_top"] == 6

@@ -98,19 +98,6 @@ def test_older_version_read_only_says_how_to_upgrade(world: World, tmp_path: Pat
     assert "read_only=False" in one_line_error(SchemaVersionError, lambda: FeatureDB.open(path))
 
 
-def test_database_without_metrics_is_upgraded_by_opening_it_for_writing(
-    world: World, tmp_path: Path
-) -> None:
-    path = copy_with_version(world, tmp_path, "1")
-    with duckdb.connect(str(path)) as connection:
-        connection.execute("DROP TABLE metrics")
-    with FeatureDB.open(path, read_only=False) as db:
-        assert db.sql("SELECT count(*) FROM metrics").fetchall() == [(0,)]
-        assert len(db.saes().fetchall()) == 1
-    with FeatureDB.open(path) as db:
-        assert db.sql("SELECT count(*) FROM features").fetchall()[0][0] > 0
-
-
 def test_read_only_is_the_default_and_refuses_writing(db: FeatureDB) -> None:
     message = one_line_error(QueryError, lambda: db.sql("DELETE FROM features"))
     assert "read-only" in message
@@ -152,7 +139,7 @@ def test_named_parameters_are_bound(db: FeatureDB) -> None:
 
 def test_unknown_table_lists_the_tables(db: FeatureDB) -> None:
     message = one_line_error(QueryError, lambda: db.sql("SELECT * FROM feature"))
-    assert "contexts, documents, feature_histogram" in message
+    assert "the tables are coactivations, contexts, documents, feature_documents" in message
 
 
 def test_unknown_column_names_candidates(db: FeatureDB) -> None:

@@ -1,10 +1,12 @@
-"""The state of an SAE -> rows of the database, some features at a time."""
+"""What all parts say of an SAE -> rows of the database, a bucket of features at a time."""
 
 import datetime
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice, pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import duckdb
 import numpy as np
@@ -14,19 +16,26 @@ import torch
 
 from sae import Report
 
+from ..config import IndexConfig, IndexProgress, OnProgress
+from ..inputs import IndexedSAE
+from ..labels import Evidence, PeakContext, TokenUse, token_label
+from ..token_text import vocabulary, words_of
 from . import tables
-from .codes import Int64
-from .collect import SAEState, TokenSpool
-from .config import IndexConfig, IndexProgress, OnProgress
+from .collect import RowCounts
+from .context_tables import contexts_table, shown_contexts
+from .counting import CURRENT, FOLLOWING, PREVIOUS
 from .directions import LogitEffects, logit_effects, logit_spread, nearest_features
-from .labels import Evidence, PeakContext, TokenUse, token_label
+from .merging import MergedBucket, merged_buckets
+from .part_files import PartReader
+from .parts import record
+from .sorting import Int64
+from .statistics import FeatureTotals, Scales
 from .tables import Features, TokenUses
-from .token_text import vocabulary, words_of
+from .text_rows import TextRows
 
 if TYPE_CHECKING:
-    from activation_cache import ActivationCache, LanguageModel
+    from activation_cache import LanguageModel
 
-_FEATURES_AT_ONCE = 2048
 _DOCUMENTS_AT_ONCE = 512
 _USES_IN_A_LABEL = 12
 
@@ -48,87 +57,149 @@ class ModelWords(NamedTuple):
         return cls(texts, pa.array(texts, pa.string()), lm.logit_matrix())
 
 
+class SAERows(NamedTuple):
+    """What all parts together say of one SAE.
+
+    parts: in the order of the text. rows: counts of the indexed ones. n_active: of every feature,
+    int64 [d_sae]. scales: of the sums.
+    """
+
+    indexed: IndexedSAE
+    parts: list[PartReader]
+    rows: RowCounts
+    n_indexed: int
+    n_skipped: int
+    scales: Scales
+
+    @classmethod
+    def of(cls, indexed: IndexedSAE, folders: Sequence[Path], max_norm: float) -> "SAERows":
+        """folders: of its parts. max_norm: of the rows."""
+        records = [record(folder) for folder in folders]
+        counts = [RowCounts.load(folder) for folder in folders]
+        return cls(
+            indexed,
+            [PartReader(folder) for folder in folders],
+            functools.reduce(lambda a, b: a + b, counts),
+            sum(each.n_indexed for each in records),
+            sum(each.n_skipped for each in records),
+            Scales.of(min(max_norm, indexed.sae.max_norm)),
+        )
+
+    def n_active(self) -> Int64:
+        """Rows on which each feature is active: int64 [d_sae]."""
+        buckets = merged_buckets(self.parts, self.indexed.sae.d_sae)
+        return np.concatenate([bucket.totals().n_active for bucket in buckets])
+
+
 class Writer:
     """Writes a database, table by table.
 
-    connection: open for writing, the tables there. spool: the tokens of every row of the cache.
+    connection: open for writing, the tables there. text: the tokens of all rows.
     """
 
     def __init__(
         self,
         connection: duckdb.DuckDBPyConnection,
         lm: "LanguageModel",
-        cache: "ActivationCache",
-        spool: TokenSpool,
+        text: TextRows,
         config: IndexConfig,
         on_progress: OnProgress,
     ) -> None:
-        self._connection, self._lm, self._cache = connection, lm, cache
-        self._spool, self._config, self._on_progress = spool, config, on_progress
+        self._connection, self._lm, self._text = connection, lm, text
+        self._config, self._on_progress = config, on_progress
         self.words = ModelWords.of(lm)
         self._spread = logit_spread(self.words.logit_matrix)
 
-    def write_sae(self, state: SAEState) -> None:
-        """Write everything about one SAE, in one transaction."""
-        sae_id, d_sae = state.indexed.sae_id, state.indexed.sae.d_sae
-        word_rates = _word_rates(self.words.texts, state.totals.token_counts)
+    def write_sae(self, found: SAERows, about: pa.Table) -> None:
+        """Write everything about one SAE, in one transaction. about: its row of `saes`."""
+        sae_id, d_sae = found.indexed.sae_id, found.indexed.sae.d_sae
+        word_rates, n_active = _word_rates(self.words.texts, found.rows.tokens), found.n_active()
         with transaction(self._connection):
-            insert(self._connection, "saes", _sae_row(state, self._cache))
-            if state.indexed.report is not None:
-                insert(self._connection, "metrics", _metric_rows(sae_id, state.indexed.report))
-            for first in range(0, d_sae, _FEATURES_AT_ONCE):
-                where = Features(sae_id, first, min(first + _FEATURES_AT_ONCE, d_sae))
-                for table, rows in self._rows(where, state, word_rates):
+            insert(self._connection, "saes", about)
+            if found.indexed.report is not None:
+                insert(self._connection, "metrics", _metric_rows(sae_id, found.indexed.report))
+            for bucket in merged_buckets(found.parts, d_sae):
+                where = Features(sae_id, bucket.first, bucket.stop, found.n_indexed, found.scales)
+                for table, rows in self._rows(where, bucket, found, n_active, word_rates):
                     insert(self._connection, table, rows)
                 self._on_progress(IndexProgress("features", where.stop, d_sae))
 
-    def write_documents(self) -> None:
-        """Write the text of every document of the cache, as far as it is cached."""
-        documents, n_done = self._cache.documents(), 0
+    def write_documents(self, sources: Mapping[int, str]) -> None:
+        """Write the text of every document. sources: document's number -> its source."""
+        documents, n_done = self._text.documents(), 0
         with transaction(self._connection):
             while batch := list(islice(documents, _DOCUMENTS_AT_ONCE)):
-                texts = [self._lm.tokenizer.decode(each.token_ids) for each in batch]
                 columns = {
-                    "doc_id": [each.doc_id for each in batch],
-                    "source": [each.source for each in batch],
-                    "text": texts,
-                    "n_tokens": [len(each.token_ids) for each in batch],
+                    "doc_id": [doc_id for doc_id, _ in batch],
+                    "source": [sources[doc_id] for doc_id, _ in batch],
+                    "text": [self._lm.tokenizer.decode(ids.tolist()) for _, ids in batch],
+                    "n_tokens": [len(ids) for _, ids in batch],
                 }
                 insert(self._connection, "documents", pa.table(columns))
                 n_done += len(batch)
-                self._on_progress(IndexProgress("documents", n_done, self._cache.n_documents))
+                self._on_progress(IndexProgress("documents", n_done, len(sources)))
 
     def _rows(
-        self, where: Features, state: SAEState, word_rates: dict[str, float]
+        self,
+        where: Features,
+        bucket: MergedBucket,
+        found: SAERows,
+        n_active: Int64,
+        word_rates: dict[str, float],
     ) -> Iterator[tuple[str, pa.Table]]:
-        """(table, rows) of a range of features."""
-        totals, W_dec, texts = state.totals, state.indexed.sae.W_dec, self.words.arrow
-        pairs = state.pairs.of_features(where.first, where.stop)
-        uses = tables.token_uses(pairs, totals, self._config)
-        contexts = self._contexts(where, state)
+        """(table, rows) of a bucket of features."""
+        config, W_dec, texts = self._config, found.indexed.sae.W_dec, self.words.arrow
+        totals, rows = bucket.totals(), found.rows
+        counts = {CURRENT: rows.tokens, PREVIOUS: rows.previous, FOLLOWING: rows.following}
+        uses = {
+            place: tables.token_uses(bucket.tokens(place), where, totals, n_on, config)
+            for place, n_on in counts.items()
+        }
+        best = {place: tables.best_uses(u, u.lifts, config.n_tokens) for place, u in uses.items()}
+        contexts = self._contexts(where, bucket, totals)
         effects = self._effects(where, W_dec)
-        nearest = nearest_features(W_dec, where.first, where.stop, self._config.n_neighbors)
-        best = tables.best_uses(uses, uses.lifts, self._config.n_tokens)
-        evidence = _evidence(where, uses, contexts, effects, self.words.texts, totals.token_counts)
-        is_active = totals.n_active[where.first : where.stop] > 0
-        labels = [
-            token_label(each, word_rates) if active else None
-            for each, active in zip(evidence, is_active, strict=True)
-        ]
-        yield "features", tables.features_table(where, totals, labels)
+        nearest = nearest_features(W_dec, where.first, where.stop, config.n_neighbors)
+        labels = self._labels(where, uses.pop(CURRENT), contexts, effects, rows.tokens, word_rates)
+        shown = [label if n else None for label, n in zip(labels, totals.n_active, strict=True)]
+        yield "features", tables.features_table(where, totals, shown)
         yield "contexts", contexts
-        yield "feature_tokens", tables.tokens_table(where, best, texts)
+        yield "feature_tokens", tables.tokens_table(where, best.pop(CURRENT), texts)
+        yield "feature_nearby_tokens", tables.nearby_tokens_table(where, best, texts)
         yield "feature_histogram", tables.histogram_table(where, totals)
+        yield "feature_positions", tables.positions_table(where, totals, rows.positions)
+        documents = bucket.documents()
+        yield (
+            "feature_documents",
+            tables.documents_table(where, documents, totals, config.n_documents),
+        )
+        pairs = bucket.companions()
+        yield (
+            "coactivations",
+            tables.coactivations_table(where, pairs, n_active, config.n_coactivations),
+        )
         yield "neighbors", tables.neighbors_table(where, nearest)
         if effects is not None:
             yield "feature_logits", tables.logits_table(where, effects, texts)
 
-    def _contexts(self, where: Features, state: SAEState) -> pa.Table:
-        top = state.top.of_features(where.first, where.stop)
-        sample = state.sample.of_features(where.first, where.stop)
-        chosen = tables.choose_quantiles(sample, self._config)
-        contexts = tables.contexts_table(where, top, chosen, self._spool, self.words.arrow)
+    def _contexts(self, where: Features, bucket: MergedBucket, totals: FeatureTotals) -> pa.Table:
+        config = self._config
+        top, sample = bucket.contexts(config, self._text)
+        missed = bucket.near_misses(config.n_negatives)
+        shown = shown_contexts(top, sample, missed, totals.histogram, config)
+        contexts = contexts_table(where, shown, self._text, self.words.arrow)
         return self._with_whole_characters(contexts)
+
+    def _labels(
+        self,
+        where: Features,
+        uses: TokenUses,
+        contexts: pa.Table,
+        effects: LogitEffects | None,
+        token_counts: Int64,
+        word_rates: dict[str, float],
+    ) -> list[str]:
+        evidence = _evidence(where, uses, contexts, effects, self.words.texts, token_counts)
+        return [token_label(each, word_rates) for each in evidence]
 
     def _with_whole_characters(self, contexts: pa.Table) -> pa.Table:
         """The same, `text` decoded as a whole where a character is spread over tokens."""
@@ -180,7 +251,7 @@ def _evidence(
     top = contexts.filter(pc.equal(contexts.column("kind"), "top"))
     shown_columns = (top.column(name).to_pylist() for name in ("text", "tokens", "peak", "act"))
     peaks = [PeakContext(*row) for row in zip(*shown_columns, strict=True)]
-    uses_of = _grouped(telling.features, where)
+    uses_of = _grouped(telling.features + where.first, where)
     contexts_of = _grouped(top.column("feature_id").to_numpy(), where)
     ids, shares, lifts = (x.tolist() for x in (telling.token_ids, telling.shares, telling.lifts))
     for i, (used, shown) in enumerate(zip(uses_of, contexts_of, strict=True)):
@@ -207,9 +278,12 @@ def _word_rates(texts: Sequence[str], token_counts: Int64) -> dict[str, float]:
     return rates
 
 
-def _sae_row(state: SAEState, cache: "ActivationCache") -> pa.Table:
-    indexed, sae = state.indexed, state.indexed.sae
-    provenance, report = cache.provenance(indexed.hookpoint), indexed.report
+def sae_row(
+    found: SAERows, provenance: Mapping[str, Any], fingerprint: str, created_at: datetime.datetime
+) -> pa.Table:
+    """The row of `saes`. provenance, fingerprint: of the text. created_at: UTC."""
+    indexed, sae = found.indexed, found.indexed.sae
+    report = indexed.report
     row = {
         "sae_id": indexed.sae_id,
         "name": indexed.name,
@@ -224,11 +298,11 @@ def _sae_row(state: SAEState, cache: "ActivationCache") -> pa.Table:
         "l0": report and report.l0,
         "ce_recovered": report and report.ce_recovered,
         "n_tokens_trained": sae.origin.n_tokens_trained or None,
-        "n_tokens_indexed": state.totals.n_indexed,
-        "n_tokens_skipped": state.totals.n_skipped,
+        "n_tokens_indexed": found.n_indexed,
+        "n_tokens_skipped": found.n_skipped,
         "weights_hash": indexed.weights_hash,
-        "cache_fingerprint": cache.fingerprint_hash,
-        "created_at": datetime.datetime.now(datetime.UTC).replace(tzinfo=None),
+        "cache_fingerprint": fingerprint,
+        "created_at": created_at,
     }
     return pa.Table.from_pylist([row])
 

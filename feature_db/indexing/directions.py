@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .codes import Float32, Int64
+from .sorting import Float32, Int64
 
 _AT_ONCE = 512
 _TopK = tuple[Tensor, ...]  # values, indices
