@@ -28,6 +28,7 @@ from .indexing.text_rows import TextRows
 from .indexing.write import SAERows, Writer, sae_row
 from .inputs import IndexedSAE, check_fit, identity_hash, resolve_saes
 from .schema import get_meta, migrate, set_meta
+from .words import write_words
 
 if TYPE_CHECKING:
     from activation_cache import ActivationCache, LanguageModel
@@ -90,6 +91,7 @@ def build_index(
         with duckdb.connect(str(made)) as connection:
             migrate(connection)
             text.write(Writer(connection, lm, text.rows(), config, told), created_at or now)
+            write_words(connection)
             _write_meta(connection, identity, cache, config)
         commit(made, path)
     return path

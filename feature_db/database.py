@@ -122,13 +122,15 @@ class FeatureDB:
             raise NotFoundError(self._no_feature(feature_id, sae_id))
         return found
 
-    def search(self, text: str, limit: int = 20) -> Result:
-        """Features about a word or phrase, best first, over all SAEs; case doesn't matter.
+    def search(self, text: str, limit: int = 20, *, regex: bool = False) -> Result:
+        """Features about a word, phrase or regular expression, best first, over all SAEs; case
+        doesn't matter.
 
         Looks at labels, tokens by lift, contexts and promoted tokens: see feature_db/search.py.
         Returns: sae_id, feature_id, label, score, reason, example, density.
+        Raises: NotFoundError for an empty text, or a regular expression that isn't one.
         """
-        search = search_statement(text, limit)
+        search = search_statement(self._rows, text, limit, is_regex=regex)
         return self.sql(search.sql, search.params)
 
     def neighbors(self, feature_id: int, n: int = 10, sae_id: int | None = None) -> Result:

@@ -6,6 +6,7 @@ from importlib.resources import files
 import duckdb
 
 from .errors import SchemaVersionError
+from .words import write_words
 
 
 def migrations() -> Iterator[tuple[int, str]]:
@@ -19,6 +20,9 @@ def migrations() -> Iterator[tuple[int, str]]:
 SCHEMA_VERSION = max(version for version, _ in migrations())
 
 
+_WORDS_SINCE = 5
+
+
 def migrate(connection: duckdb.DuckDBPyConnection, version: int = 0) -> None:
     """Bring a database of schema `version` (0: empty) to `SCHEMA_VERSION`, in one transaction."""
     connection.execute("BEGIN TRANSACTION").fetchall()
@@ -27,6 +31,8 @@ def migrate(connection: duckdb.DuckDBPyConnection, version: int = 0) -> None:
             if number > version:
                 for statement in connection.extract_statements(sql):
                     connection.execute(statement).fetchall()
+        if 0 < version < _WORDS_SINCE:
+            write_words(connection)
         set_meta(connection, "schema_version", str(SCHEMA_VERSION))
         connection.execute("COMMIT").fetchall()
     except BaseException:

@@ -1,4 +1,4 @@
-"""Word search over what a database says of its features: one SQL statement, no model.
+"""Search over what a database says of its features: words, phrases, regular expressions; no model.
 
 A text matches where the phrase begins a word in it, in any case; in a query of several words, a
 text that has all of them apart matches too and counts less. Scores add up over where it matched:
@@ -7,14 +7,24 @@ text that has all of them apart matches too and counts less. Scores add up over 
     token     3 * part               part of the feature's activations that fall on such tokens
     context   1 * part + 3 * part    of its contexts that hold it, and that peak on it
     promoted  1                      one of the tokens it promotes
+
+Candidates come from the sorted table `words`, a few times as many as are asked for; then the texts
+of these alone are looked at. A query without letters or digits, or one that begins with a letter
+outside of ASCII (which may stand inside a word), looks at all texts; so does a regular expression.
 """
 
 import re
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from .errors import NotFoundError
 
 _APART = 0.4
+# Candidates for each feature asked for: their order in `words` is nearly that of the scores.
+_CANDIDATES = 3
+_AFTER_ALL = "\U0010ffff"
+
+Rows = Callable[[str, dict[str, Any]], Sequence[dict[str, Any]]]
 
 
 class Search(NamedTuple):
@@ -24,17 +34,19 @@ class Search(NamedTuple):
     params: dict[str, object]
 
 
-def search_statement(text: str, limit: int) -> Search:
-    """The search for `text`, ranked, at most `limit` features.
+def search_statement(rows: Rows, text: str, limit: int, *, is_regex: bool = False) -> Search:
+    """The search for `text`, ranked, at most `limit` features. rows: runs a query, gives dicts.
 
     Columns: sae_id, feature_id, label, score, reason, example, density.
-    Raises: NotFoundError for an empty text.
+    Raises: NotFoundError for an empty text, or a regular expression that isn't one.
     """
-    words = text.lower().split()
-    if not words:
+    if not text.split():
         raise NotFoundError(f"nothing to search for in {text!r}: give a word or a phrase")
     if limit < 1:
         raise NotFoundError(f"limit={limit}: expected 1 or more")
+    if is_regex:
+        return _regex_search(text, limit)
+    words = text.lower().split()
     phrase = " ".join(words)
     params: dict[str, object] = {"phrase": pattern(phrase), "first": words[0], "limit": limit}
     params |= {"n": len(phrase)}
@@ -44,10 +56,52 @@ def search_statement(text: str, limit: int) -> Search:
         "CASE WHEN NOT contains({0}, $first) THEN 0 WHEN regexp_matches({0}, $phrase) THEN 1 "
         f"WHEN {together} THEN {_APART} ELSE 0 END"
     )
-    sql = _SEARCH
+    only = "TRUE"
+    if re.match(r"[a-z0-9]", phrase):
+        only = _candidates(rows, re.findall(r"[^\W_]+", phrase), _CANDIDATES * limit)
+    return Search(_filled(match, "contains(lower(text), $first)", only), params)
+
+
+def _regex_search(text: str, limit: int) -> Search:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise NotFoundError(f"{text!r} is no regular expression: {error}") from None
+    match = "regexp_matches({0}, $phrase)::INTEGER"
+    params: dict[str, object] = {"phrase": f"(?i){text}", "n": 0, "limit": limit}
+    return Search(_filled(match, "TRUE", "TRUE"), params)
+
+
+def _filled(match: str, contains: str, only: str) -> str:
+    """match: SQL that says how well a text {0} matches. contains: what contexts surely fulfil."""
+    sql = _SEARCH.replace("CONTAINS", contains).replace("ONLY", only)
     for column in ("label", "token", "text"):
         sql = sql.replace(f"MATCH_{column.upper()}", match.format(f"lower({column})"))
-    return Search(sql, params)
+    return sql
+
+
+def _candidates(rows: Rows, words: Sequence[str], n: int) -> str:
+    """SQL that holds for the n features of largest weight on words that begin so."""
+    parts = [
+        f"SELECT {i} AS i, sae_id, feature_id, weight FROM words "
+        f"WHERE word >= $word{i} AND word < $stop{i}"
+        for i in range(len(words))
+    ]
+    params = {f"word{i}": word for i, word in enumerate(words)}
+    params |= {f"stop{i}": word + _AFTER_ALL for i, word in enumerate(words)}
+    found = rows(
+        "SELECT sae_id, feature_id FROM (SELECT i, sae_id, feature_id, sum(weight) AS weight "
+        f"FROM ({' UNION ALL '.join(parts)}) GROUP BY ALL) GROUP BY ALL "
+        f"HAVING count(*) = {len(words)} ORDER BY min(weight) DESC, sae_id, feature_id LIMIT {n}",
+        params,
+    )
+    features = sorted({int(row["feature_id"]) for row in found})
+    saes = sorted({int(row["sae_id"]) for row in found})
+    return f"feature_id IN ({_listed(features)}) AND sae_id IN ({_listed(saes)})"
+
+
+def _listed(ids: Sequence[int]) -> str:
+    return ", ".join(map(str, ids)) or "-1"
 
 
 def pattern(words: str) -> str:
@@ -59,10 +113,10 @@ def pattern(words: str) -> str:
 _SEARCH = """
 WITH by_label AS (
     SELECT sae_id, feature_id, MATCH_LABEL AS quality
-    FROM features WHERE label IS NOT NULL AND quality > 0
+    FROM features WHERE label IS NOT NULL AND ONLY AND quality > 0
 ), by_token AS (
     SELECT sae_id, feature_id, sum(used.n_active * quality) AS n, max_by(token, lift) AS token
-    FROM (SELECT *, MATCH_TOKEN AS quality FROM feature_tokens) AS used
+    FROM (SELECT *, MATCH_TOKEN AS quality FROM feature_tokens WHERE ONLY) AS used
     WHERE quality > 0 GROUP BY ALL
 ), by_context AS (
     SELECT sae_id, feature_id, sum(quality) AS n, count(*) AS n_found,
@@ -72,16 +126,17 @@ WITH by_label AS (
         SELECT *, MATCH_TEXT AS quality,
             length(array_to_string(tokens[:peak], '')) AS n_before,
             lower(substr(text, greatest(n_before - $n + 1, 1), length(token) + 2 * $n)) AS around
-        FROM contexts WHERE contains(lower(text), $first)
+        FROM contexts WHERE kind <> 'negative' AND ONLY AND CONTAINS
     )
     WHERE quality > 0 GROUP BY ALL
 ), by_logit AS (
     SELECT sae_id, feature_id, max(quality) AS quality, arg_min(token, rank) AS token
-    FROM (SELECT *, MATCH_TOKEN AS quality FROM feature_logits WHERE sign = 1)
+    FROM (SELECT *, MATCH_TOKEN AS quality FROM feature_logits WHERE sign = 1 AND ONLY)
     WHERE quality > 0 GROUP BY ALL
 ), n_contexts AS (
     SELECT sae_id, feature_id, count(*) AS n_contexts
-    FROM contexts SEMI JOIN by_context USING (sae_id, feature_id) GROUP BY ALL
+    FROM contexts SEMI JOIN by_context USING (sae_id, feature_id)
+    WHERE kind <> 'negative' AND ONLY GROUP BY ALL
 )
 SELECT sae_id, feature_id, label,
     coalesce(4 * by_label.quality, 0)
@@ -101,7 +156,7 @@ LEFT JOIN by_token USING (sae_id, feature_id)
 LEFT JOIN by_context USING (sae_id, feature_id)
 LEFT JOIN n_contexts USING (sae_id, feature_id)
 LEFT JOIN by_logit USING (sae_id, feature_id)
-WHERE score > 0
+WHERE ONLY AND score > 0
 ORDER BY score DESC, sae_id, feature_id
 LIMIT $limit
 """

@@ -1,0 +1,63 @@
+"""The words that features have to do with, sorted: what makes search fast.
+
+In: labels, tokens and contexts of a database. Out: its table `words`. A word is a run of letters
+and digits, in lower case; a row's weight is what it adds to the feature's score in a search for
+exactly that word (see search).
+"""
+
+import duckdb
+
+LABEL_WEIGHT, TOKEN_WEIGHT, PEAK_WEIGHT = 4.0, 3.0, 3.0
+_WORD = r"[\pL\pN]+"
+
+
+def write_words(connection: duckdb.DuckDBPyConnection) -> None:
+    """Fill `words` from the other tables of an open database, in place of what it holds."""
+    connection.execute("DELETE FROM words").fetchall()
+    connection.execute(_INSERT).fetchall()
+
+
+def words_in(text: str) -> str:
+    """SQL: the list of distinct words in a text."""
+    return f"list_distinct(regexp_extract_all(lower({text}), '{_WORD}'))"
+
+
+_PEAK = f"""
+    CASE WHEN regexp_matches(token, '^{_WORD}')
+        THEN regexp_extract(array_to_string(tokens[:peak], ''), '{_WORD}$') ELSE '' END
+    || token ||
+    CASE WHEN regexp_matches(token, '{_WORD}$')
+        THEN regexp_extract(array_to_string(tokens[peak + 2:], ''), '^{_WORD}') ELSE '' END
+"""
+
+_INSERT = f"""
+INSERT INTO words
+SELECT word, field, sae_id, feature_id, weight FROM (
+    SELECT unnest({words_in("label")}) AS word, 'label' AS field, sae_id, feature_id,
+        {LABEL_WEIGHT} AS weight
+    FROM features WHERE label IS NOT NULL
+    UNION ALL
+    SELECT word, 'token', sae_id, feature_id, {TOKEN_WEIGHT} * sum(used.n_active) / any_value(
+        features.n_active)
+    FROM (SELECT *, unnest({words_in("token")}) AS word FROM feature_tokens) AS used
+    JOIN features USING (sae_id, feature_id) GROUP BY word, sae_id, feature_id
+    UNION ALL
+    SELECT DISTINCT unnest({words_in("token")}), 'promoted', sae_id, feature_id, 1
+    FROM feature_logits WHERE sign = 1
+    UNION ALL
+    SELECT word, 'context', sae_id, feature_id, sum(weight) / any_value(n_contexts)
+    FROM (
+        SELECT unnest({words_in("text")}) AS word, sae_id, feature_id, 1 AS weight
+        FROM contexts WHERE kind <> 'negative'
+        UNION ALL
+        SELECT unnest({words_in(_PEAK)}), sae_id, feature_id, {PEAK_WEIGHT}
+        FROM contexts WHERE kind <> 'negative'
+    ) JOIN (
+        SELECT sae_id, feature_id, count(*) AS n_contexts FROM contexts
+        WHERE kind <> 'negative' GROUP BY ALL
+    ) USING (sae_id, feature_id)
+    GROUP BY word, sae_id, feature_id
+)
+WHERE word <> ''
+ORDER BY word, field, sae_id, feature_id
+"""
