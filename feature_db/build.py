@@ -22,10 +22,11 @@ from sae.atomic_files import commit
 
 from .config import IndexConfig, IndexProgress, OnProgress
 from .errors import DatabaseExistsError, IndexingError
+from .explanations import carry_explanations
 from .indexing.collect import Collector
 from .indexing.parts import PARTS_SUFFIX, PartRange, PartsFolder, part_settings, take_lock
 from .indexing.text_rows import TextRows
-from .indexing.write import SAERows, Writer, sae_row
+from .indexing.write import SAERows, Writer, sae_row, transaction
 from .inputs import IndexedSAE, check_fit, identity_hash, resolve_saes
 from .schema import get_meta, migrate, set_meta
 from .words import write_words
@@ -55,7 +56,8 @@ def build_index(
     out: the database. One that was made from exactly the same things is left as it is and returned
         at once. One of fewer SAEs, or of the same text as far as it went, is extended: what its
         parts (`out`.parts) hold isn't counted again. Another one is replaced only with
-        overwrite=True.
+        overwrite=True. Labels by people, files and language models are carried over to SAEs of
+        the same weights.
     parts: folders with parts that `index_parts` counted elsewhere.
     created_at: UTC, for `saes`; now, if left out. With it equal the same things give the same
         rows in the same order (`FeatureDB.content_hash`), wherever parts were counted.
@@ -91,6 +93,7 @@ def build_index(
         with duckdb.connect(str(made)) as connection:
             migrate(connection)
             text.write(Writer(connection, lm, text.rows(), config, told), created_at or now)
+            _carry(path, connection)
             write_words(connection)
             _write_meta(connection, identity, cache, config)
         commit(made, path)
@@ -181,6 +184,13 @@ class _Text:
     def _counted(self, part: PartRange, sae: IndexedSAE) -> Path | None:
         source = self._cache.rows_hash(sae.hookpoint, part.shards)
         return self._parts.of(part, sae.weights_hash, source)
+
+
+def _carry(path: Path, connection: duckdb.DuckDBPyConnection) -> None:
+    """What was said of features in the database that this one takes the place of."""
+    if path.exists():
+        with duckdb.connect(str(path), read_only=True) as old, transaction(connection):
+            carry_explanations(old, connection)
 
 
 def _is_extended(path: Path, saes: Sequence[IndexedSAE], config: IndexConfig) -> bool:
