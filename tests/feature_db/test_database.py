@@ -103,7 +103,8 @@ def test_database_without_metrics_is_upgraded_by_opening_it_for_writing(
 ) -> None:
     path = copy_with_version(world, tmp_path, "1")
     with duckdb.connect(str(path)) as connection:
-        connection.execute("DROP TABLE metrics")
+        for later in ("TABLE metrics", "TABLE explanations", "SEQUENCE explanation_ids"):
+            connection.execute(f"DROP {later}")
     with FeatureDB.open(path, read_only=False) as db:
         assert db.sql("SELECT count(*) FROM metrics").fetchall() == [(0,)]
         assert len(db.saes().fetchall()) == 1
@@ -152,7 +153,7 @@ def test_named_parameters_are_bound(db: FeatureDB) -> None:
 
 def test_unknown_table_lists_the_tables(db: FeatureDB) -> None:
     message = one_line_error(QueryError, lambda: db.sql("SELECT * FROM feature"))
-    assert "contexts, documents, feature_histogram" in message
+    assert "contexts, documents, explanations, feature_histogram" in message
 
 
 def test_unknown_column_names_candidates(db: FeatureDB) -> None:
