@@ -9,6 +9,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import torch
+
 from activation_cache import LanguageModel
 
 
@@ -48,18 +50,23 @@ class ModelServer(ThreadingHTTPServer):
 
     def _explained(self, prompt: str) -> str:
         begun = prompt + '{"explanation": "'
-        written = self.lm.generate(begun, max_new_tokens=24)[len(begun) :]
+        written = self.lm.generate(begun, max_new_tokens=12)[len(begun) :]
         for end in ('"', "\n", "<|im_end|>"):
             written = written.partition(end)[0]
         return json.dumps({"explanation": written})
 
     def _judged(self, prompt: str, n: int) -> str:
-        text = '{"answers": ['
+        """Fixed text is read, each judgement is chosen; what was read before is read once."""
         no, yes = (self.lm.tokenizer(each).input_ids[-1] for each in "01")
-        for i in range(n):
-            logits = self.lm.logits(prompt + text)[0, -1]
-            text += ("1" if logits[yes] > logits[no] else "0") + (", " if i + 1 < n else "]}")
-        return text
+        text, answers, past = prompt + '{"answers": [', list[int](), None
+        for _ in range(n):
+            ids = torch.tensor([self.lm.tokenizer(text).input_ids])
+            with torch.no_grad():
+                out = self.lm.model(input_ids=ids, past_key_values=past, use_cache=True)
+            past, logits = out.past_key_values, out.logits[0, -1]
+            answers.append(int(logits[yes] > logits[no]))
+            text = f"{answers[-1]}, "
+        return json.dumps({"answers": answers})
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -328,7 +328,7 @@ def test_a_database_that_stays_open_elsewhere_is_waited_for_and_then_told(
     assert holder.stdout.readline() == "open\n"
     with pytest.raises(DatabaseBusyError, match=f"PID {holder.pid}"):
         store.DatabaseFile(planted.path, wait_s=0.5).write(lambda db: len(db.saes()))
-    assert [r.message for r in caplog.records][0].startswith(f"waiting: {planted.path} is open")
+    assert caplog.records[0].message.startswith(f"waiting: {planted.path} is open")
     threading.Timer(0.3, holder.communicate).start()
     assert store.DatabaseFile(planted.path, wait_s=30).write(lambda db: len(db.saes())) == 1
 
