@@ -48,7 +48,9 @@ def wait_for(path: Path, n: int, process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))]
+)
 def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(
     planted: Planted,
     server: JudgeServer,
