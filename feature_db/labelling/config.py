@@ -44,6 +44,11 @@ class Endpoint(BaseModel):
     price_in: float | None = Field(default=None, ge=0, description="of a million prompt tokens")
     price_out: float | None = Field(default=None, ge=0, description="of a million answer tokens")
 
+    @field_validator("temperature", mode="before")
+    @classmethod
+    def _left_to_the_server(cls, temperature: object) -> object:
+        return None if temperature == "none" else temperature  # as a command line writes it
+
     @field_validator("base_url")
     @classmethod
     def _plain_address(cls, base_url: str) -> str:

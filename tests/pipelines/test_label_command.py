@@ -89,12 +89,13 @@ def test_a_language_model_labels_with_the_cost_told_before(
     assert "3 features with judge-1" in dry.out
     assert "at the prices given" in dry.out
     assert not server.seen.starts
-    done = saebase(*by_model)
+    done = saebase(*by_model, "--temperature", "none")
     assert done.status == 0, done.err
     assert "3 features labelled in" in done.out
+    assert all("temperature" not in body for body in server.seen.bodies)
     assert "cost 0.0" in done.out
     assert len(labels(saebase, db, "label_method = 'llm'")) == 3
-    again = saebase(*by_model)
+    again = saebase(*by_model, "--temperature", "none")
     assert "3 labelled so already are passed over" in again.out
     assert f"Bearer {KEY}" not in server.seen.keys
     assert set(server.seen.keys) == {"Bearer none"}
