@@ -101,6 +101,8 @@ def _wanted(
     sae_id: int | None,
     limit: int | None,
 ) -> Wanted:
+    if limit is not None and limit < 1:
+        raise LabelError(f"limit={limit}: expected 1 or more features")
     recipe = recipe_of(endpoint, config)
     wanted = wanted_features(db, features, sae_id, endpoint.model, recipe)
     return wanted._replace(features=wanted.features[:limit])

@@ -163,5 +163,6 @@ def test_mistakes_are_told_in_a_line(
     refused(spoilt("--features", "3,960"), "no feature 960")
     refused(spoilt("--model", "judge-9"), "no model 'judge-9'")
     refused(saebase(*by_model, "--api-key-env", "NO_SUCH"), "NO_SUCH")
+    refused(saebase(*by_model, "--limit", 0), "limit=0")
     refused(saebase(*by_model, "--concurrency", 0), "concurrency")
     refused(saebase(*by_model, "--max-cost", -1), "max-cost")
