@@ -366,7 +366,9 @@ class ActivationCache:
         row_bytes = 4 * self.d_model(hookpoint)
         rows = rows or max(CHUNK_BYTES // row_bytes, 1)
         return read_ahead(
-            self._in_order.chunks(hookpoint, rows, split, resolve_device(str(device)), dtype, shards)
+            self._in_order.chunks(
+                hookpoint, rows, split, resolve_device(str(device)), dtype, shards
+            )
         )
 
     def document_acts(self, hookpoint: str, *, split: Split = "all") -> Iterator[DocumentActs]:
