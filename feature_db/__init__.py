@@ -4,6 +4,7 @@
     db = FeatureDB.open("l6.duckdb")
     db.sql("SELECT ... FROM features JOIN contexts USING (sae_id, feature_id)").df()
     db.search("golden gate"); db.feature(4021); db.neighbors(4021); db.active(lm, sae, "The keys")
+    label_features("l6.duckdb", Endpoint(base_url="http://localhost:8000/v1", model="qwen"))
 
 The tables are in feature_db/migrations. Ranks count from 1; every other number counts from 0.
 """
@@ -13,15 +14,29 @@ from .build import build_index, index_parts
 from .config import IndexConfig, IndexProgress
 from .database import FeatureDB
 from .errors import (
+    DatabaseBusyError,
     DatabaseExistsError,
+    EndpointError,
     FeatureDBError,
     IndexingError,
+    LabelError,
     NotFoundError,
     OpenError,
     QueryError,
     SchemaVersionError,
 )
+from .explanations import carry_explanations
 from .feature import Coactivation, Context, Feature, HistogramBin, LogitEffect, Neighbor, TokenLift
+from .label_file import LabelRow, read_label_file
+from .labelling import (
+    Endpoint,
+    LabelConfig,
+    LabelEstimate,
+    LabelProgress,
+    LabelSummary,
+    estimate_labels,
+    label_features,
+)
 from .result import Result
 from .schema import SCHEMA_VERSION
 from .token_text import visible
@@ -31,7 +46,10 @@ __all__ = [
     "ActiveFeatures",
     "Coactivation",
     "Context",
+    "DatabaseBusyError",
     "DatabaseExistsError",
+    "Endpoint",
+    "EndpointError",
     "Feature",
     "FeatureDB",
     "FeatureDBError",
@@ -39,6 +57,12 @@ __all__ = [
     "IndexConfig",
     "IndexProgress",
     "IndexingError",
+    "LabelConfig",
+    "LabelError",
+    "LabelEstimate",
+    "LabelProgress",
+    "LabelRow",
+    "LabelSummary",
     "LogitEffect",
     "Neighbor",
     "NotFoundError",
@@ -48,6 +72,10 @@ __all__ = [
     "SchemaVersionError",
     "TokenLift",
     "build_index",
+    "carry_explanations",
+    "estimate_labels",
     "index_parts",
+    "label_features",
+    "read_label_file",
     "visible",
 ]

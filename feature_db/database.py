@@ -1,7 +1,8 @@
 """FeatureDB: a feature database, opened. SQL, single features, search, neighbours, live text."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,22 @@ import xxhash
 from sae import SAE
 
 from .active import ActiveFeatures, active_features, text_codes
-from .errors import NotFoundError, OpenError, QueryError
+from .errors import DatabaseBusyError, LabelError, NotFoundError, OpenError, QueryError
+from .explanations import (
+    BEST_FIRST,
+    FeatureLabel,
+    add_explanations,
+    drop_label,
+    label_text,
+    put_labels,
+)
 from .feature import Feature, load_feature
 from .inputs import weights_hash
+from .label_file import LabelRow
 from .result import Result
 from .schema import check_version, get_meta, migrate
 from .search import search_statement
+from .write import transaction
 
 if TYPE_CHECKING:
     from activation_cache import LanguageModel
@@ -116,7 +127,7 @@ class FeatureDB:
 
     def feature(self, feature_id: int, sae_id: int | None = None) -> Feature:
         """Everything about one feature. Raises: NotFoundError if there is no such feature."""
-        sae_id = self._sae_id(sae_id)
+        sae_id = self.require_sae(sae_id)
         found = load_feature(self._rows, sae_id, feature_id)
         if found is None:
             raise NotFoundError(self._no_feature(feature_id, sae_id))
@@ -138,7 +149,7 @@ class FeatureDB:
 
         Raises: NotFoundError for an unknown feature, or more neighbours than the index keeps.
         """
-        sae_id = self._sae_id(sae_id)
+        sae_id = self.require_sae(sae_id)
         _require_positive(n, "n")
         found = self.sql(
             "SELECT neighbor_id, cosine, label, density FROM neighbors JOIN "
@@ -154,6 +165,61 @@ class FeatureDB:
                 f"with IndexConfig(n_neighbors={n})"
             )
         return found
+
+    def label(self, feature_id: int, text: str, sae_id: int | None = None) -> None:
+        """Give a feature a person's label, in place of an earlier one. No machine overwrites it.
+
+        Raises: LabelError for an empty or overlong text; NotFoundError for an unknown feature;
+            OpenError unless the database is open for writing.
+        """
+        sae_id = self.require_sae(sae_id)
+        self._require_feature(feature_id, sae_id)
+        label = FeatureLabel(sae_id, feature_id, label_text(text))
+        with self._writing() as connection:
+            put_labels(connection, [label])
+
+    def remove_label(self, feature_id: int, sae_id: int | None = None) -> None:
+        """Take a person's label away: the feature shows what it would without it.
+
+        Raises: NotFoundError if there is none; otherwise as `label`.
+        """
+        sae_id = self.require_sae(sae_id)
+        self._require_feature(feature_id, sae_id)
+        with self._writing() as connection:
+            if not drop_label(connection, sae_id, feature_id):
+                raise NotFoundError(
+                    f"feature {feature_id} in SAE {sae_id} of {self.path} has no label by a "
+                    "person: there is nothing to remove"
+                )
+
+    def import_labels(self, rows: Sequence[LabelRow]) -> None:
+        """Keep all labels of a file (`read_label_file`), or none of them.
+
+        Raises: LabelError that names the line of an unknown feature or SAE; OpenError.
+        """
+        sizes: dict[int, int] = dict(self.sql("SELECT sae_id, d_sae FROM saes").fetchall())
+        labels = [_label_of(row, sizes, self.path) for row in rows]
+        with self._writing() as connection:
+            put_labels(connection, labels)
+
+    def add_explanations(self, rows: pa.Table) -> None:
+        """Append rows to `explanations`, without explanation_id and created_at; show the best.
+
+        Raises: OpenError unless the database is open for writing; QueryError.
+        """
+        with self._writing() as connection:
+            add_explanations(connection, rows)
+
+    def explanations(self, feature_id: int, sae_id: int | None = None) -> Result:
+        """All that is kept of what was said of a feature, what it shows first: docs/labels.md."""
+        sae_id = self.require_sae(sae_id)
+        self._require_feature(feature_id, sae_id)
+        return self.sql(
+            "SELECT method, model, text, detection_score, fuzzing_score, n_detection, n_fuzzing, "
+            "created_at FROM explanations WHERE sae_id = ? AND feature_id = ? "
+            f"ORDER BY {BEST_FIRST}",
+            [sae_id, feature_id],
+        )
 
     def active(self, lm: "LanguageModel", sae: SAE, text: str, n: int = 5) -> ActiveFeatures:
         """The features that fire on `text`, the n strongest of each token.
@@ -184,6 +250,20 @@ class FeatureDB:
         except duckdb.Error as error:
             raise QueryError(self._explained(error)) from None
 
+    @contextmanager
+    def _writing(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """One transaction. Raises: OpenError if the database is read-only; QueryError."""
+        try:
+            with transaction(self._connection):
+                yield self._connection
+        except duckdb.Error as error:
+            if "read-only" in str(error):
+                raise OpenError(
+                    f"{self.path} is open for reading alone: to write labels, "
+                    "FeatureDB.open(path, read_only=False)"
+                ) from None
+            raise QueryError(self._explained(error)) from None
+
     def _rows(self, query: str, params: Params | None = None) -> list[dict[str, Any]]:
         return self._arrow(query, params).to_pylist()  # type: ignore[no-any-return]
 
@@ -196,7 +276,7 @@ class FeatureDB:
         names = ", ".join(row["table_name"] for row in tables)
         return f"{message}; the tables are {names}"
 
-    def _sae_id(self, sae_id: int | None) -> int:
+    def require_sae(self, sae_id: int | None) -> int:
         """The SAE meant. Raises: NotFoundError if that is unknown or not plain."""
         saes = self._rows("SELECT sae_id, name FROM saes ORDER BY sae_id")
         if sae_id is None and len(saes) == 1:
@@ -235,6 +315,20 @@ class FeatureDB:
         )
 
 
+def _label_of(row: LabelRow, sizes: Mapping[int, int], path: Path) -> FeatureLabel:
+    """A line's label with its SAE. sizes: features of each SAE. Raises: LabelError."""
+    sae_id = next(iter(sizes)) if row.sae_id is None and len(sizes) == 1 else row.sae_id
+    if sae_id is None or sae_id not in sizes:
+        held = ", ".join(map(str, sizes))
+        raise LabelError(f"line {row.line}: sae_id={sae_id}, and {path} holds SAEs {held}: say one")
+    if row.feature_id >= sizes[sae_id]:
+        raise LabelError(
+            f"line {row.line}: no feature {row.feature_id} in SAE {sae_id} of {path}: expected 0 "
+            f"to {sizes[sae_id] - 1}"
+        )
+    return FeatureLabel(sae_id, row.feature_id, row.text, row.method)
+
+
 def _require_positive(value: int, name: str) -> None:
     if value < 1:
         raise NotFoundError(f"{name}={value}: expected 1 or more")
@@ -258,8 +352,12 @@ def _connected(path: Path, read_only: bool) -> duckdb.DuckDBPyConnection:
         message = one_line(str(error))
         if "not a valid DuckDB database" in message:
             what = "is no DuckDB file: expected a feature database, such as `saebase index` makes"
-        elif "lock" in message or "different configuration" in message:
-            what = f"is open elsewhere for writing: close it there first ({message})"
+        elif "Could not set lock" in message:
+            raise DatabaseBusyError(
+                f"{path} is open elsewhere{_holder(message)}: close it there first"
+            ) from None
+        elif "different configuration" in message:
+            what = "is open in this process in another way: close that FeatureDB first"
         elif "Could not read enough bytes" in message:
             what = f"is torn: build the index again ({message})"
         else:
@@ -267,11 +365,20 @@ def _connected(path: Path, read_only: bool) -> duckdb.DuckDBPyConnection:
         raise OpenError(f"{path} {what}") from None
 
 
+def _holder(message: str) -> str:
+    """Who holds the file, as DuckDB says it: ` (python3 (PID 812))`."""
+    found = re.search(r"held in (.*?\(PID \d+\))", message)
+    return f" ({found.group(1)})" if found else ""
+
+
 def _version_of(connection: duckdb.DuckDBPyConnection, path: Path) -> int:
     """The schema_version of a database that is whole. Raises: OpenError if it isn't."""
     try:
-        size = connection.execute("CALL pragma_database_size()").fetchall()[0]
-        if path.stat().st_size < _HEADER_BYTES + int(size[2]) * int(size[3]):
+        # Free blocks at the end are cut off when a database is closed, and still counted.
+        block_bytes, n_used = connection.execute(
+            "SELECT block_size, used_blocks FROM pragma_database_size()"
+        ).fetchall()[0]
+        if path.stat().st_size < _HEADER_BYTES + int(block_bytes) * int(n_used):
             raise OpenError(f"{path} is torn: its end is missing. Build the index again")
         version = get_meta(connection, "schema_version")
     except duckdb.CatalogException:

@@ -4,9 +4,12 @@ FeatureDBError                the root; a ValueError
 ├── IndexingError             build_index can't start, or its parts don't fit together
 │   └── DatabaseExistsError   `out` holds something else already
 ├── OpenError                 the file is missing, is no feature database, is torn or in use
-│   └── SchemaVersionError    the database is of another version than this code
+│   ├── SchemaVersionError    the database is of another version than this code
+│   └── DatabaseBusyError     it is open elsewhere, in a way that keeps this one out
 ├── QueryError                SQL that DuckDB refuses, or that fails while it runs
-└── NotFoundError             a feature id, SAE or count that the database doesn't hold
+├── NotFoundError             a feature id, SAE or count that the database doesn't hold
+└── LabelError                a label, or a file of labels, that can't be used
+    └── EndpointError         the language model that labels can't be used, or not any longer
 """
 
 
@@ -30,9 +33,21 @@ class SchemaVersionError(OpenError):
     """The database was written by a newer or an older schema than this code reads."""
 
 
+class DatabaseBusyError(OpenError):
+    """Another process or connection holds the database; it may let go of it soon."""
+
+
 class QueryError(FeatureDBError):
     """DuckDB refused the SQL, or it failed while it ran."""
 
 
 class NotFoundError(FeatureDBError):
     """The database holds no such feature, SAE or number of rows."""
+
+
+class LabelError(FeatureDBError):
+    """A label that can't be kept, or settings of labelling that make no sense."""
+
+
+class EndpointError(LabelError):
+    """The endpoint refuses the key or the model, isn't there, or never answers as asked."""

@@ -25,6 +25,7 @@ OPTIONAL = {
     "polars": "results as polars frames: pip install 'saebase[polars]'",
     "s3fs": "caches at s3://: pip install 'saebase[s3]'",
     "gcsfs": "caches at gs://: pip install 'saebase[gcs]'",
+    "openai": "labels by a language model: pip install 'saebase[label]'",
     "wandb": "tracking with --wandb-project: pip install 'saebase[wandb]'",
     "mwparserfromhell": "the demo's text: pip install 'saebase[demo]'",
 }

@@ -24,6 +24,7 @@ VERBS = [
     "finetune",
     "harvest",
     "index",
+    "label",
     "plan",
     "query",
     "report",
