@@ -19,12 +19,14 @@ from .errors import (
     NotFoundError,
     OpenError,
     QueryError,
+    QueryLimitError,
     SchemaVersionError,
 )
 from .feature import Context, Feature, HistogramBin, LogitEffect, Neighbor, TokenLift
 from .result import Result
 from .schema import SCHEMA_VERSION
 from .token_text import visible
+from .untrusted import SqlLimits
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -43,8 +45,10 @@ __all__ = [
     "NotFoundError",
     "OpenError",
     "QueryError",
+    "QueryLimitError",
     "Result",
     "SchemaVersionError",
+    "SqlLimits",
     "TokenLift",
     "build_index",
     "visible",

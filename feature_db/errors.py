@@ -6,6 +6,7 @@ FeatureDBError                the root; a ValueError
 ├── OpenError                 the file is missing, is no feature database, is torn or in use
 │   └── SchemaVersionError    the database is of another version than this code
 ├── QueryError                SQL that DuckDB refuses, or that fails while it runs
+│   └── QueryLimitError       untrusted SQL that takes more time, memory or room than it may
 └── NotFoundError             a feature id, SAE or count that the database doesn't hold
 """
 
@@ -32,6 +33,10 @@ class SchemaVersionError(OpenError):
 
 class QueryError(FeatureDBError):
     """DuckDB refused the SQL, or it failed while it ran."""
+
+
+class QueryLimitError(QueryError):
+    """Untrusted SQL passed one of its `SqlLimits`, or brought its process down."""
 
 
 class NotFoundError(FeatureDBError):
