@@ -112,7 +112,7 @@ def _encoded(columns: dict[str, pa.Array]) -> bytes:
 @contextmanager
 def _child(folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
     """The locked process, working in `folder`; it and all it started are gone at the end."""
-    libraries = {str(Path(module.__file__).parents[1]) for module in (duckdb, pa)}
+    libraries = {str(Path(str(module.__file__)).parents[1]) for module in (duckdb, pa)}
     try:
         process = subprocess.Popen(
             # No environment, no user's packages, no .pth files, no bytecode written.

@@ -98,19 +98,6 @@ def test_older_version_read_only_says_how_to_upgrade(world: World, tmp_path: Pat
     assert "read_only=False" in one_line_error(SchemaVersionError, lambda: FeatureDB.open(path))
 
 
-def test_database_without_metrics_is_upgraded_by_opening_it_for_writing(
-    world: World, tmp_path: Path
-) -> None:
-    path = copy_with_version(world, tmp_path, "1")
-    with duckdb.connect(str(path)) as connection:
-        connection.execute("DROP TABLE metrics")
-    with FeatureDB.open(path, read_only=False) as db:
-        assert db.sql("SELECT count(*) FROM metrics").fetchall() == [(0,)]
-        assert len(db.saes().fetchall()) == 1
-    with FeatureDB.open(path) as db:
-        assert db.sql("SELECT count(*) FROM features").fetchall()[0][0] > 0
-
-
 def test_read_only_is_the_default_and_refuses_writing(db: FeatureDB) -> None:
     message = one_line_error(QueryError, lambda: db.sql("DELETE FROM features"))
     assert "read-only" in message
@@ -169,6 +156,11 @@ def test_syntax_error_shows_what_is_near_it(db: FeatureDB) -> None:
 
 def test_error_while_running_is_one_line(db: FeatureDB) -> None:
     one_line_error(QueryError, lambda: db.sql("SELECT label::INTEGER FROM features"))
+
+
+def test_error_with_a_place_shows_what_stands_there(db: FeatureDB) -> None:
+    message = one_line_error(QueryError, lambda: db.sql("SELECT 'x'::INTEGER AS n"))
+    assert message.endswith("near '::INTEGER AS n'")
 
 
 def test_missing_parameter_is_one_line(db: FeatureDB) -> None:
