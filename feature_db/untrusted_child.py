@@ -153,6 +153,7 @@ def _opened(request: Request) -> "duckdb.DuckDBPyConnection":
             "python_scan_all_frames": False,
             "temp_directory": "",
             "threads": 1,
+            "async_threads": 0,
             "memory_limit": f"{int(_ENGINE_SHARE * request.memory_bytes)}B",
         },
     )
