@@ -99,7 +99,7 @@ class FeatureDB:
         """Run SQL. params: a list for `?`, a dict for `$name`.
 
         untrusted: the SQL comes from a page or another person. One SELECT runs in a process of its
-            own, which can read this database and nothing else, within `limits`; it costs 0.2 s.
+            own, which can read this database and nothing else, within `limits`; it adds 0.3 s.
         Raises: QueryError in one line, with the tables where one is unknown; QueryLimitError for
             untrusted SQL that takes too much.
         """

@@ -29,7 +29,7 @@ Params = Sequence[Any] | Mapping[str, Any]
 _REQUEST_BYTES = 1 << 20
 # Beside the rows, an answer is two lines.
 _LINES_BYTES = 1 << 16
-# From the start of the interpreter to the first word of the query: 0.2 s on an idle machine.
+# From the interpreter's start to the query's first word: 0.2 s, unless the machine is busy.
 _START_S = 30.0
 _CHILD = Path(__file__).with_name("untrusted_child.py")
 # Arrow's own allocators and glibc's arenas reserve address space, which is what is limited.

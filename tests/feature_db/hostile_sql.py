@@ -70,8 +70,6 @@ REFUSED: dict[str, tuple[str, str]] = {
     "query() that writes": ("FROM query('COPY saes TO ''out.csv''')", "single SELECT"),
     "query_table()": ("FROM query_table('/etc/passwd')", "/etc/passwd does not exist"),
     "getenv": ("SELECT getenv('HOME')", "getenv does not exist"),
-    "a Python variable": ("FROM request", "request does not exist"),
-    "another Python variable": ("FROM rows", "rows does not exist"),
     "extensions' folder": ("FROM duckdb_extensions()", "disabled by configuration"),
     "logging to a file": ("FROM enable_logging(storage = 'file', storage_path = 'log')", LOCKED),
     "a server": ("FROM quack_serve('quack:localhost')", "not in the catalog"),

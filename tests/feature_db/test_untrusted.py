@@ -263,6 +263,16 @@ def test_the_process_is_locked_while_the_query_runs(db: FeatureDB, world: World)
             asked.result()
 
 
+def test_duckdb_s_own_locks_are_on(db: FeatureDB) -> None:
+    off = ["enable_external_access", "autoinstall_known_extensions", "autoload_known_extensions"]
+    off += ["allow_community_extensions", "allow_persistent_secrets"]
+    off += ["python_enable_replacements", "python_scan_all_frames"]
+    wanted = dict.fromkeys(off, "false") | {"lock_configuration": "true", "temp_directory": ""}
+    wanted |= {"access_mode": "read_only", "threads": "1", "async_threads": "0"}
+    sql = "SELECT name, value FROM duckdb_settings() WHERE list_contains(?, name)"
+    assert dict(db.sql(sql, [list(wanted)], untrusted=True)) == wanted
+
+
 def test_its_parent_killed_it_ends_by_itself(world: World) -> None:
     limits = SqlLimits(time_s=0.2)
     sql = "SELECT sum(range) FROM range(1000000000000)"
