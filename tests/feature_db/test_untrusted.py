@@ -72,6 +72,7 @@ LEGITIMATE = {
     "SHOW": "SHOW TABLES",
     "SUMMARIZE": "SUMMARIZE SELECT density FROM features",
     "unnest": "SELECT feature_id, unnest(tokens) FROM contexts ORDER BY ALL LIMIT 50",
+    "pivot": "FROM features PIVOT (count(feature_id) FOR is_dead IN (true, false)) ORDER BY ALL",
     "lambda": "SELECT list_transform(acts, lambda a: a * 2) FROM contexts ORDER BY ALL LIMIT 5",
     "all types": "SELECT * EXCLUDE (double_array) FROM test_all_types()",  # NaN isn't itself
     "no rows": "SELECT * FROM contexts WHERE false",
