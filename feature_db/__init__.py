@@ -23,6 +23,7 @@ from .errors import (
     NotFoundError,
     OpenError,
     QueryError,
+    QueryLimitError,
     SchemaVersionError,
 )
 from .explanations import carry_explanations
@@ -40,6 +41,7 @@ from .labelling import (
 from .result import Result
 from .schema import SCHEMA_VERSION
 from .token_text import visible
+from .untrusted import SqlLimits
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -68,8 +70,10 @@ __all__ = [
     "NotFoundError",
     "OpenError",
     "QueryError",
+    "QueryLimitError",
     "Result",
     "SchemaVersionError",
+    "SqlLimits",
     "TokenLift",
     "build_index",
     "carry_explanations",

@@ -26,9 +26,10 @@ from .explanations import carry_explanations
 from .indexing.collect import Collector
 from .indexing.parts import PARTS_SUFFIX, PartRange, PartsFolder, part_settings, take_lock
 from .indexing.text_rows import TextRows
-from .indexing.write import SAERows, Writer, sae_row, transaction
+from .indexing.write import SAERows, Writer, sae_row
 from .inputs import IndexedSAE, check_fit, identity_hash, resolve_saes
 from .schema import get_meta, migrate, set_meta
+from .transactions import transaction
 from .words import write_words
 
 if TYPE_CHECKING:

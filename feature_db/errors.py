@@ -7,6 +7,7 @@ FeatureDBError                the root; a ValueError
 │   ├── SchemaVersionError    the database is of another version than this code
 │   └── DatabaseBusyError     it is open elsewhere, in a way that keeps this one out
 ├── QueryError                SQL that DuckDB refuses, or that fails while it runs
+│   └── QueryLimitError       untrusted SQL that takes more time, memory or room than it may
 ├── NotFoundError             a feature id, SAE or count that the database doesn't hold
 └── LabelError                a label, or a file of labels, that can't be used
     └── EndpointError         the language model that labels can't be used, or not any longer
@@ -39,6 +40,10 @@ class DatabaseBusyError(OpenError):
 
 class QueryError(FeatureDBError):
     """DuckDB refused the SQL, or it failed while it ran."""
+
+
+class QueryLimitError(QueryError):
+    """Untrusted SQL passed one of its `SqlLimits`, or brought its process down."""
 
 
 class NotFoundError(FeatureDBError):

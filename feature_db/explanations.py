@@ -16,6 +16,7 @@ import duckdb
 import pyarrow as pa
 
 from .errors import LabelError
+from .words import label_words
 
 HUMAN, LLM, OFFLINE = "human", "llm", "tokens"
 MAX_LABEL_CHARACTERS = 1000
@@ -131,6 +132,8 @@ def show_best(connection: duckdb.DuckDBPyConnection, features: Iterable[tuple[in
         _run(connection, _DROP_OLD_OFFLINE)
         _run(connection, _KEEP_OFFLINE)
         _run(connection, _SHOW)
+        _run(connection, _FORGET_WORDS)
+        _run(connection, _ADD_WORDS)
 
 
 @contextmanager
@@ -173,6 +176,13 @@ FROM (
 ) AS best
 WHERE features.sae_id = best.sae_id AND features.feature_id = best.feature_id
     AND (label IS DISTINCT FROM best.text OR label_method IS DISTINCT FROM best.method)
+"""
+_FORGET_WORDS = """
+DELETE FROM words WHERE field = 'label' AND (sae_id, feature_id) IN (
+    SELECT (sae_id, feature_id) FROM incoming)
+"""
+_ADD_WORDS = f"""
+INSERT INTO words {label_words("features SEMI JOIN incoming USING (sae_id, feature_id)")}
 """
 _CARRY = """
 INSERT INTO explanations BY NAME

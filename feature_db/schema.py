@@ -20,7 +20,7 @@ def migrations() -> Iterator[tuple[int, str]]:
 SCHEMA_VERSION = max(version for version, _ in migrations())
 
 
-_WORDS_SINCE = 5
+_WORDS_SINCE = 3
 
 
 def migrate(connection: duckdb.DuckDBPyConnection, version: int = 0) -> None:

@@ -22,6 +22,14 @@ def words_in(text: str) -> str:
     return f"list_distinct(regexp_extract_all(lower({text}), '{_WORD}'))"
 
 
+def label_words(features: str) -> str:
+    """SQL: rows of `words` from labels. features: a table with label, sae_id and feature_id."""
+    return (
+        f"SELECT unnest({words_in('label')}) AS word, 'label' AS field, sae_id, feature_id, "
+        f"{LABEL_WEIGHT} AS weight FROM {features} WHERE label IS NOT NULL"
+    )
+
+
 _PEAK = f"""
     CASE WHEN regexp_matches(token, '^{_WORD}')
         THEN regexp_extract(array_to_string(tokens[:peak], ''), '{_WORD}$') ELSE '' END
@@ -33,9 +41,7 @@ _PEAK = f"""
 _INSERT = f"""
 INSERT INTO words
 SELECT word, field, sae_id, feature_id, weight FROM (
-    SELECT unnest({words_in("label")}) AS word, 'label' AS field, sae_id, feature_id,
-        {LABEL_WEIGHT} AS weight
-    FROM features WHERE label IS NOT NULL
+    {label_words("features")}
     UNION ALL
     SELECT word, 'token', sae_id, feature_id, {TOKEN_WEIGHT} * sum(used.n_active) / any_value(
         features.n_active)

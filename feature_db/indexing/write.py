@@ -3,7 +3,6 @@
 import datetime
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +19,7 @@ from ..config import IndexConfig, IndexProgress, OnProgress
 from ..inputs import IndexedSAE
 from ..labels import Evidence, PeakContext, TokenUse, token_label
 from ..token_text import vocabulary, words_of
+from ..transactions import insert, transaction
 from . import tables
 from .collect import RowCounts
 from .context_tables import contexts_table, shown_contexts
@@ -215,25 +215,6 @@ class Writer:
             return None
         rows = W_dec[where.first : where.stop]
         return logit_effects(rows, self.words.logit_matrix, self._spread, self._config.n_logits)
-
-
-@contextmanager
-def transaction(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
-    """Commit when the context closes; roll back when it closes with an error."""
-    connection.execute("BEGIN TRANSACTION").fetchall()
-    try:
-        yield
-    except BaseException:
-        connection.execute("ROLLBACK").fetchall()
-        raise
-    connection.execute("COMMIT").fetchall()
-
-
-def insert(connection: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
-    """Append Arrow rows to a table, columns matched by name."""
-    connection.register("incoming", rows)
-    connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM incoming").fetchall()
-    connection.unregister("incoming")
 
 
 def _evidence(

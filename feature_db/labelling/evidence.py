@@ -153,10 +153,10 @@ ORDER BY sae_id, feature_id, kind = 'quantile', kind, rank
 """
 _NEAR = f"""
 {_WANTED}, near AS (
-    SELECT sae_id, wanted_id, neighbor_id, rank AS nearness
+    SELECT sae_id, wanted_id, neighbor_id AS near_id, rank AS nearness
     FROM neighbors JOIN wanted USING (sae_id) WHERE feature_id = wanted_id
 )
 SELECT sae_id, wanted_id, {_COLUMNS} FROM contexts JOIN near USING (sae_id)
-WHERE feature_id = neighbor_id AND kind = 'top' AND rank <= ?
+WHERE feature_id = near_id AND kind = 'top' AND rank <= ?
 ORDER BY sae_id, wanted_id, nearness, rank
 """

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from feature_db import FeatureDB, Result
+from feature_db import FeatureDB, Result, SqlLimits
 from sae import SAE
 
 from ..cli import app, console
@@ -25,15 +25,25 @@ def query(
     output: Annotated[
         Literal["table", "csv", "json"], Parameter(name=["--format"], help="How to print it.")
     ] = "table",
+    untrusted: Annotated[
+        bool,
+        Parameter(negative=(), help="The SQL is another person's: one SELECT, locked and limited."),
+    ] = False,
+    limits: Annotated[SqlLimits, Parameter(name="*")] = SqlLimits(),  # noqa: B008
 ) -> None:
     """Ask SQL of the database, which can't be changed; other files can't be read or written.
 
-    `SHOW TABLES` lists what there is.
+    `SHOW TABLES` lists what there is. The limits are those of --untrusted.
     """
     if not sql.strip(" ;\n\t"):
         raise PipelineError("the SQL is empty: give one statement, such as SHOW TABLES")
+    if limits != SqlLimits() and not untrusted:
+        raise PipelineError(
+            "--time-s, --memory-bytes and --result-bytes hold for untrusted SQL alone: add "
+            "--untrusted, or leave them out"
+        )
     with FeatureDB.open(db, external_access=False) as features:
-        result = features.sql(sql)
+        result = features.sql(sql, untrusted=untrusted, limits=limits if untrusted else None)
         if output == "table":
             console.print(result)
             return

@@ -87,9 +87,8 @@ def random_sae(config: TopKConfig | BatchTopKConfig, seed: int, cache: Activatio
     return sae
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    folder = tmp_path_factory.mktemp("feature_db")
+def made_world(folder: Path) -> World:
+    """All of it, made in `folder`."""
     lm = tiny_lm()
     cache = harvest(
         lm,
@@ -106,6 +105,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     other = random_sae(BatchTopKConfig(d_sae=20, k=3), 1, cache)
     path = build_index(lm, [sae], cache, out=folder / "one.duckdb", config=small_config())
     return World(lm, cache, sae, other, path)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return made_world(tmp_path_factory.mktemp("feature_db"))
 
 
 def small_config(**changes: object) -> IndexConfig:

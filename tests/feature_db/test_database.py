@@ -158,6 +158,11 @@ def test_error_while_running_is_one_line(db: FeatureDB) -> None:
     one_line_error(QueryError, lambda: db.sql("SELECT label::INTEGER FROM features"))
 
 
+def test_error_with_a_place_shows_what_stands_there(db: FeatureDB) -> None:
+    message = one_line_error(QueryError, lambda: db.sql("SELECT 'x'::INTEGER AS n"))
+    assert message.endswith("near '::INTEGER AS n'")
+
+
 def test_missing_parameter_is_one_line(db: FeatureDB) -> None:
     one_line_error(QueryError, lambda: db.sql("SELECT ?"))
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 import pytest
-from feature_db.write import transaction
 
 from feature_db import (
     FeatureDB,
@@ -19,6 +18,7 @@ from feature_db import (
     read_label_file,
 )
 from feature_db.explanations import show_best
+from feature_db.transactions import transaction
 
 from .conftest import World, small_config
 

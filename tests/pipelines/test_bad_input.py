@@ -235,6 +235,18 @@ def test_query_can_not_write_or_read_other_files(
     assert not (tmp_path / "x.csv").exists()
 
 
+def test_untrusted_sql_is_locked_and_limited(saebase: Saebase, small_run: SmallRun) -> None:
+    def untrusted(sql: str, *more: object) -> Outcome:
+        return saebase("query", "--untrusted", sql, "--db", small_run.db, *more)
+
+    refused(untrusted("COPY features TO 'x.csv'"), "one SELECT", "COPY")
+    refused(untrusted("SELECT sleep_ms(100000)", "--time-s", 0.5), "stopped after 0.5 s")
+    refused(untrusted("FROM contexts", "--result-bytes", 1000), "add a LIMIT")
+    refused(untrusted("SELECT 1", "--memory-bytes", 5), "--memory-bytes", "100000000")
+    trusted = saebase("query", "SELECT 1", "--db", small_run.db, "--time-s", 9)
+    refused(trusted, "--time-s", "add --untrusted")
+
+
 def test_doses_that_contradict_each_other(saebase: Saebase, small_run: SmallRun) -> None:
     steer = ("steer", "The river", "--sae", small_run.sae)
     refused(saebase(*steer, "--add", "5:1", "--ablate", 5), "feature 5", "two doses")

@@ -216,6 +216,14 @@ def test_query_prints_tables_csv_and_json(saebase: Saebase, small_run: SmallRun)
     assert [json.loads(row)["feature_id"] for row in rows] == [0, 1]
 
 
+def test_untrusted_sql_prints_the_same(saebase: Saebase, small_run: SmallRun) -> None:
+    sql = "SELECT feature_id, label, max_act FROM features ORDER BY feature_id"
+    trusted = saebase("query", sql, "--db", small_run.db, "--format", "json")
+    untrusted = saebase("query", "--untrusted", sql, "--db", small_run.db, "--format", "json")
+    assert untrusted.status == 0, untrusted.err
+    assert untrusted.out == trusted.out != ""
+
+
 def test_lists_in_csv_are_json(saebase: Saebase, small_run: SmallRun) -> None:
     sql = "SELECT token_ids, tokens FROM contexts LIMIT 1"
     printed = saebase("query", sql, "--db", small_run.db, "--format", "csv").out

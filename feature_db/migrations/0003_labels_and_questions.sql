@@ -1,3 +1,75 @@
+-- What language models, people and files say of features, with scores.
+CREATE SEQUENCE explanation_ids;
+
+CREATE TABLE explanations (
+    explanation_id BIGINT PRIMARY KEY DEFAULT nextval('explanation_ids'),
+    sae_id INTEGER NOT NULL,
+    feature_id INTEGER NOT NULL,
+    method VARCHAR NOT NULL,
+    model VARCHAR,
+    recipe VARCHAR,
+    text VARCHAR NOT NULL,
+    detection_score DOUBLE,
+    fuzzing_score DOUBLE,
+    n_detection INTEGER,
+    n_fuzzing INTEGER,
+    n_malformed INTEGER,
+    parts VARCHAR,
+    prompt_tokens BIGINT,
+    answer_tokens BIGINT,
+    cost DOUBLE,
+    created_at TIMESTAMP NOT NULL
+);
+
+-- Moments, positions, documents, tokens beside the active one, co-activation, hard negatives.
+ALTER TABLE features ADD COLUMN std_act FLOAT;
+ALTER TABLE features ADD COLUMN n_documents BIGINT;
+ALTER TABLE features ADD COLUMN mean_position FLOAT;
+ALTER TABLE contexts ADD COLUMN neighbor_id INTEGER;
+
+CREATE TABLE feature_nearby_tokens (
+    sae_id INTEGER NOT NULL,
+    feature_id INTEGER NOT NULL,
+    place INTEGER NOT NULL,
+    rank INTEGER NOT NULL,
+    token_id INTEGER NOT NULL,
+    token VARCHAR NOT NULL,
+    n_active BIGINT NOT NULL,
+    n_total BIGINT NOT NULL,
+    mean_act FLOAT NOT NULL,
+    lift DOUBLE NOT NULL
+);
+
+CREATE TABLE feature_positions (
+    sae_id INTEGER NOT NULL,
+    feature_id INTEGER NOT NULL,
+    bin INTEGER NOT NULL,
+    lo BIGINT NOT NULL,
+    hi BIGINT,
+    n BIGINT NOT NULL,
+    rate DOUBLE NOT NULL
+);
+
+CREATE TABLE feature_documents (
+    sae_id INTEGER NOT NULL,
+    feature_id INTEGER NOT NULL,
+    rank INTEGER NOT NULL,
+    doc_id BIGINT NOT NULL,
+    n_active BIGINT NOT NULL,
+    mean_act FLOAT NOT NULL,
+    max_act FLOAT NOT NULL,
+    share DOUBLE NOT NULL
+);
+
+CREATE TABLE coactivations (
+    sae_id INTEGER NOT NULL,
+    feature_id INTEGER NOT NULL,
+    rank INTEGER NOT NULL,
+    other_id INTEGER NOT NULL,
+    n_both BIGINT NOT NULL,
+    npmi DOUBLE NOT NULL
+);
+
 -- Words that features have to do with, features of other SAEs that lie alike, and macros.
 CREATE TABLE words (
     word VARCHAR NOT NULL,
