@@ -103,6 +103,10 @@ class NearMissRows(NamedTuple):
     before: Int64
     after: Int64
 
+    def take(self, places: Int64) -> "NearMissRows":
+        """The rows at some places, in that order."""
+        return NearMissRows(**{name: getattr(self, name)[places] for name in self._fields})
+
 
 class MergedBucket:
     """The features first <= feature < stop of one SAE, over all parts."""

@@ -185,6 +185,7 @@ class Writer:
         config = self._config
         top, sample = bucket.contexts(config, self._text)
         missed = bucket.near_misses(config.n_negatives)
+        missed = missed.take(np.flatnonzero(totals.n_active[missed.features]))  # of the living
         shown = shown_contexts(top, sample, missed, totals.histogram, config)
         contexts = contexts_table(where, shown, self._text, self.words.arrow)
         return self._with_whole_characters(contexts)

@@ -36,7 +36,7 @@ def wanted_features(
     Raises: LabelError for SQL without feature_id, or features that there aren't.
     """
     pairs = list(dict.fromkeys(_meant(db, features, sae_id)))
-    has_contexts = set(_pairs(db, "SELECT DISTINCT sae_id, feature_id FROM contexts"))
+    has_contexts = set(_pairs(db, "SELECT sae_id, feature_id FROM features WHERE NOT is_dead"))
     done = set(
         _pairs(
             db,

@@ -139,7 +139,7 @@ def test_named_parameters_are_bound(db: FeatureDB) -> None:
 
 def test_unknown_table_lists_the_tables(db: FeatureDB) -> None:
     message = one_line_error(QueryError, lambda: db.sql("SELECT * FROM feature"))
-    assert "the tables are coactivations, contexts, documents, feature_documents" in message
+    assert "the tables are coactivations, contexts, documents, explanations" in message
 
 
 def test_unknown_column_names_candidates(db: FeatureDB) -> None:

@@ -112,7 +112,12 @@ def planted_index(tmp_path_factory: pytest.TempPathFactory) -> Planted:
     sae.b_enc[-1] = -1e6
     sae.threshold.fill_(0.75)
     config = IndexConfig(
-        n_top=40, max_per_document=40, tokens_before=5, tokens_after=3, quantile_sample=12
+        n_top=40,
+        max_per_document=40,
+        tokens_before=5,
+        tokens_after=3,
+        quantile_sample=12,
+        n_negatives=0,
     )
     return Planted(build_index(lm, [sae], cache, out=folder / "p.duckdb", config=config), WORDS)
 

@@ -25,6 +25,7 @@ from feature_db import (
 )
 from feature_db.labelling import store
 
+from ..write_old_database import unpacked
 from .conftest import Planted
 from .judge_server import Fault, JudgeServer, coin, passages
 
@@ -334,10 +335,9 @@ def test_a_database_that_stays_open_elsewhere_is_waited_for_and_then_told(
 
 
 def test_an_older_schema_is_brought_up_to_date_first(
-    planted: Planted, endpoint: Endpoint, config: LabelConfig
+    endpoint: Endpoint, config: LabelConfig, tmp_path: Path
 ) -> None:
-    with duckdb.connect(str(planted.path)) as connection:
-        connection.execute("DROP TABLE explanations")
-        connection.execute("DROP SEQUENCE explanation_ids")
-        connection.execute("UPDATE meta SET value = '2' WHERE key = 'schema_version'")
-    assert label_features(planted.path, endpoint, config, features=[0]).n_labelled == 1
+    old = unpacked(2, tmp_path / "old.duckdb")
+    assert label_features(old, endpoint, config, features=[0], sae_id=0).n_labelled == 1
+    with FeatureDB.open(old) as db:
+        assert db.feature(0, sae_id=0).label_method == "llm"
