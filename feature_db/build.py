@@ -24,6 +24,7 @@ from .config import IndexConfig, IndexProgress, OnProgress
 from .errors import DatabaseExistsError, IndexingError
 from .explanations import carry_explanations
 from .indexing.collect import Collector
+from .indexing.directions import NearestFeatures
 from .indexing.parts import PARTS_SUFFIX, PartRange, PartsFolder, part_settings, take_lock
 from .indexing.text_rows import TextRows
 from .indexing.write import SAERows, Writer, sae_row
@@ -93,7 +94,9 @@ def build_index(
         now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
         with duckdb.connect(str(made)) as connection:
             migrate(connection)
-            text.write(Writer(connection, lm, text.rows(), config, told), created_at or now)
+            text.write(
+                Writer(connection, lm, text.rows(), text.nearest, config, told), created_at or now
+            )
             _carry(path, connection)
             write_words(connection)
             _write_meta(connection, identity, cache, config)
@@ -141,6 +144,7 @@ class _Text:
     ) -> None:
         self._saes, self._parts, self._config = saes, parts, config
         self._vocab_size = lm.vocab_size
+        self.nearest = NearestFeatures(config.n_neighbors)
         norms = {each.hookpoint: cache.max_norm(each.hookpoint) for each in saes}
         found = parts.require(part_settings(config, lm.vocab_size, norms))["found"]["max_norms"]
         self._norms = norms | {name: float(norm) for name, norm in found.items()}
@@ -157,7 +161,9 @@ class _Text:
             n_done += n
             on_progress(IndexProgress("activations", n_done, n_rows))
 
-        collector = Collector(self._cache, self._parts, self._config, self._vocab_size, on_rows)
+        collector = Collector(
+            self._cache, self._parts, self._config, self._vocab_size, self.nearest, on_rows
+        )
         for hookpoint, group in groupby(_by_hookpoint(self._saes), key=lambda each: each.hookpoint):
             saes, n_done = list(group), 0
             for part in mine:
@@ -179,6 +185,7 @@ class _Text:
             provenance = self._cache.provenance(each.hookpoint)
             about = sae_row(found, provenance, self._cache.fingerprint_hash, created_at)
             writer.write_sae(found, about)
+        writer.write_similar(self._saes)
         if self._config.keep_documents:
             writer.write_documents(self._cache.sources)
 

@@ -61,6 +61,9 @@ class IndexConfig(BaseModel):
         description="occurrences added to each token at the feature's own rate: tames rare tokens",
     )
     n_neighbors: int = Field(default=10, ge=1, description="nearest features by decoder cosine")
+    n_similar: int = Field(
+        default=5, ge=1, description="features kept of each other SAE, by decoder cosine"
+    )
     n_coactivations: int = Field(
         default=10, ge=0, description="features kept that are active on the same tokens"
     )

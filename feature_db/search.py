@@ -21,7 +21,8 @@ from .errors import NotFoundError
 
 _APART = 0.4
 # Candidates for each feature asked for: their order in `words` is nearly that of the scores.
-_CANDIDATES = 3
+_CANDIDATES = 2
+_ALL = "TRUE"
 _AFTER_ALL = "\U0010ffff"
 
 Rows = Callable[[str, dict[str, Any]], Sequence[dict[str, Any]]]
@@ -56,7 +57,7 @@ def search_statement(rows: Rows, text: str, limit: int, *, is_regex: bool = Fals
         "CASE WHEN NOT contains({0}, $first) THEN 0 WHEN regexp_matches({0}, $phrase) THEN 1 "
         f"WHEN {together} THEN {_APART} ELSE 0 END"
     )
-    only = "TRUE"
+    only = _ALL
     if re.match(r"[a-z0-9]", phrase):
         only = _candidates(rows, re.findall(r"[^\W_]+", phrase), _CANDIDATES * limit)
     return Search(_filled(match, "contains(lower(text), $first)", only), params)
@@ -69,12 +70,14 @@ def _regex_search(text: str, limit: int) -> Search:
         raise NotFoundError(f"{text!r} is no regular expression: {error}") from None
     match = "regexp_matches({0}, $phrase)::INTEGER"
     params: dict[str, object] = {"phrase": f"(?i){text}", "n": 0, "limit": limit}
-    return Search(_filled(match, "TRUE", "TRUE"), params)
+    return Search(_filled(match, "TRUE", _ALL), params)
 
 
 def _filled(match: str, contains: str, only: str) -> str:
     """match: SQL that says how well a text {0} matches. contains: what contexts surely fulfil."""
-    sql = _SEARCH.replace("CONTAINS", contains).replace("ONLY", only)
+    # Few contexts are fetched before their texts are looked at, or all texts would be.
+    how_kept = "NOT MATERIALIZED" if only == _ALL else "MATERIALIZED"
+    sql = _SEARCH.replace("CONTAINS", contains).replace("ONLY", only).replace("HOW_KEPT", how_kept)
     for column in ("label", "token", "text"):
         sql = sql.replace(f"MATCH_{column.upper()}", match.format(f"lower({column})"))
     return sql
@@ -111,7 +114,10 @@ def pattern(words: str) -> str:
 
 
 _SEARCH = """
-WITH by_label AS (
+WITH some_contexts AS HOW_KEPT (
+    SELECT sae_id, feature_id, text, tokens, token, peak, act FROM contexts
+    WHERE kind <> 'negative' AND ONLY
+), by_label AS (
     SELECT sae_id, feature_id, MATCH_LABEL AS quality
     FROM features WHERE label IS NOT NULL AND ONLY AND quality > 0
 ), by_token AS (
@@ -126,7 +132,7 @@ WITH by_label AS (
         SELECT *, MATCH_TEXT AS quality,
             length(array_to_string(tokens[:peak], '')) AS n_before,
             lower(substr(text, greatest(n_before - $n + 1, 1), length(token) + 2 * $n)) AS around
-        FROM contexts WHERE kind <> 'negative' AND ONLY AND CONTAINS
+        FROM some_contexts WHERE CONTAINS
     )
     WHERE quality > 0 GROUP BY ALL
 ), by_logit AS (
@@ -135,8 +141,7 @@ WITH by_label AS (
     WHERE quality > 0 GROUP BY ALL
 ), n_contexts AS (
     SELECT sae_id, feature_id, count(*) AS n_contexts
-    FROM contexts SEMI JOIN by_context USING (sae_id, feature_id)
-    WHERE kind <> 'negative' AND ONLY GROUP BY ALL
+    FROM some_contexts SEMI JOIN by_context USING (sae_id, feature_id) GROUP BY ALL
 )
 SELECT sae_id, feature_id, label,
     coalesce(4 * by_label.quality, 0)

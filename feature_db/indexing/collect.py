@@ -1,7 +1,8 @@
 """The one pass over a text: chunks in, the part of every SAE at that hookpoint out."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -9,11 +10,12 @@ import numpy as np
 import torch
 
 from sae.atomic_files import fsync
+from sae.kernels import kernels_of
 
 from ..config import IndexConfig
 from ..inputs import IndexedSAE
 from .counting import Counting, write_counts
-from .directions import nearest_features
+from .directions import NearestFeatures
 from .part_files import PartWriter
 from .parts import PartRange, PartRecord, PartsFolder
 from .sorting import Float32, Int64
@@ -71,7 +73,8 @@ class SAEPart:
     def add(self, chunk: "Chunk") -> None:
         """Encode a chunk and keep its entries."""
         rows = indexable_rows(chunk, self.indexed.sae)
-        counts, features, acts = codes_by_row(chunk, self.indexed.sae, rows)
+        with _fastest_kernels(self.indexed.sae):
+            counts, features, acts = codes_by_row(chunk, self.indexed.sae, rows)
         self.spool.add(counts, features, acts, self._n_rows)
         self._kept.append(rows + self._n_rows)
         self._n_rows += len(chunk.token_ids)
@@ -96,11 +99,12 @@ class Collector:
         parts: PartsFolder,
         config: IndexConfig,
         vocab_size: int,
+        nearest: NearestFeatures,
         on_rows: Callable[[int], None],
     ) -> None:
         self._cache, self._parts, self._config = cache, parts, config
         self._vocab_size, self._on_rows = vocab_size, on_rows
-        self._neighbors: dict[str, Int64] = {}
+        self._nearest = nearest
 
     def make(self, part: PartRange, hookpoint: str, saes: Sequence[IndexedSAE]) -> None:
         """Count one part for SAEs of one hookpoint."""
@@ -130,16 +134,21 @@ class Collector:
             indexed.sae.d_sae,
             self._vocab_size,
             Scales.of(limit),
-            self._nearest(indexed),
+            self._nearest.of(indexed.weights_hash, indexed.sae.W_dec).ids,
             self._config,
         )
 
-    def _nearest(self, indexed: IndexedSAE) -> Int64:
-        key, sae = indexed.weights_hash, indexed.sae
-        if key not in self._neighbors:
-            n = self._config.n_neighbors
-            self._neighbors[key] = nearest_features(sae.W_dec, 0, sae.d_sae, n).ids
-        return self._neighbors[key]
+
+@contextmanager
+def _fastest_kernels(sae: "SAE") -> Iterator[None]:
+    """On the CPU encode with what trains fastest there: it chooses the same features."""
+    own = sae.kernels
+    if sae.W_enc.device.type == "cpu":
+        sae.kernels = kernels_of("auto", "auto", "cpu")
+    try:
+        yield
+    finally:
+        sae.kernels = own
 
 
 def indexable_rows(chunk: "Chunk", sae: "SAE") -> Int64:

@@ -4,16 +4,17 @@ In: W_dec and the model's unembedding. Out: ranked ids and values, some hundred 
 so that neither the logits nor the cosines of all features are ever in memory.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from sae.kernels import Kernels, PreActs, kernels_of
+
 from .sorting import Float32, Int64
 
-_AT_ONCE = 512
-_TopK = tuple[Tensor, ...]  # values, indices
+_AT_ONCE = 1024
 
 
 class Ranked(NamedTuple):
@@ -21,6 +22,10 @@ class Ranked(NamedTuple):
 
     ids: Int64
     values: Float32
+
+    def of_features(self, first: int, stop: int) -> "Ranked":
+        """Those of the features first <= feature < stop."""
+        return Ranked(self.ids[first:stop], self.values[first:stop])
 
 
 class LogitEffects(NamedTuple):
@@ -48,50 +53,87 @@ class LogitSpread(NamedTuple):
 
 
 @torch.no_grad()
-def logit_spread(logit_matrix: Tensor) -> LogitSpread:
-    """logit_matrix: [d_model, vocab], as LanguageModel.logit_matrix."""
-    mean = logit_matrix.mean(dim=1)
-    centred = logit_matrix - mean[:, None]
-    return LogitSpread(mean, centred @ centred.T / logit_matrix.shape[1])
+def logit_spread(unembedding: Tensor) -> LogitSpread:
+    """unembedding: [vocab, d_model], the transpose of LanguageModel.logit_matrix."""
+    mean = unembedding.mean(dim=0)
+    centred = unembedding - mean
+    return LogitSpread(mean, centred.T @ centred / len(unembedding))
 
 
 @torch.no_grad()
-def logit_effects(W_dec: Tensor, logit_matrix: Tensor, spread: LogitSpread, n: int) -> LogitEffects:
-    """Direct effect of each feature on the logits, per unit of its act: `W_dec @ logit_matrix`.
+def logit_effects(W_dec: Tensor, unembedding: Tensor, spread: LogitSpread, n: int) -> LogitEffects:
+    """Direct effect of each feature on the logits, per unit of its act: `W_dec @ unembedding.T`.
 
-    W_dec: [features, d_model]. logit_matrix: [d_model, vocab]; spread: of it.
+    W_dec: [features, d_model]. unembedding: [vocab, d_model]; spread: of it.
     """
-    parts = [_effects(rows.to(logit_matrix) @ logit_matrix, n) for rows in W_dec.split(_AT_ONCE)]
-    promoted, suppressed = (_ranked(column) for column in zip(*parts, strict=True))
-    rows = W_dec.to(logit_matrix)
+    rows = W_dec.to(unembedding)
+    promoted, lowest = (largest_products(sign * rows, unembedding, n) for sign in (1, -1))
     deviations = ((rows @ spread.covariance) * rows).sum(dim=1).sqrt().clamp_min(1e-12)
     means = (rows @ spread.mean).cpu().numpy()
     strengths = (promoted.values[:, 0] - means) / deviations.cpu().numpy()
-    return LogitEffects(promoted, suppressed, strengths)
+    return LogitEffects(promoted, Ranked(lowest.ids, -lowest.values), strengths)
+
+
+class NearestFeatures:
+    """The n other features of highest decoder cosine of every feature, made once for each SAE."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._known: dict[str, Ranked] = {}
+
+    @torch.no_grad()
+    def of(self, key: str, W_dec: Tensor) -> Ranked:
+        """key: names the SAE. W_dec: [d_sae, d_model], of rows of any length.
+
+        n is cut to d_sae - 1.
+        """
+        if key not in self._known:
+            unit = torch.nn.functional.normalize(W_dec.float(), dim=1)
+            n = min(self._n, len(unit) - 1)
+            parts = [_without_self(unit, at, n) for at in range(0, len(unit), _AT_ONCE)]
+            self._known[key] = Ranked(
+                np.concatenate([part.ids for part in parts]),
+                np.concatenate([part.values for part in parts]),
+            )
+        return self._known[key]
 
 
 @torch.no_grad()
-def nearest_features(W_dec: Tensor, first: int, stop: int, n: int) -> Ranked:
-    """The n other features of highest decoder cosine, for the features first <= feature < stop.
+def similar_features(W_dec: Tensor, others: Tensor, n: int) -> Ranked:
+    """The n features of another SAE of highest decoder cosine, for every feature of one.
 
-    W_dec: [d_sae, d_model], rows of any length; n is cut to d_sae - 1.
+    W_dec: [d_sae, d_model]. others: [d_sae of the other, d_model].
     """
-    unit = torch.nn.functional.normalize(W_dec.float(), dim=1)
-    parts = []
-    for at in range(first, stop, _AT_ONCE):
-        ids = torch.arange(at, min(at + _AT_ONCE, stop), device=unit.device)
-        cosines = unit[ids] @ unit.T  # [features, d_sae]
-        cosines[torch.arange(len(ids)), ids] = -torch.inf
-        parts.append(tuple(cosines.topk(min(n, len(unit) - 1), dim=1)))
-    return _ranked(parts)
+    unit, table = (torch.nn.functional.normalize(w.float(), dim=1) for w in (W_dec, others))
+    return largest_products(unit, table, n)
 
 
-def _effects(logits: Tensor, n: int) -> tuple[_TopK, _TopK]:
-    """The n largest and smallest of logits [features, vocab]."""
-    n = min(n, logits.shape[1])
-    return tuple(logits.topk(n, dim=1)), tuple(logits.topk(n, dim=1, largest=False))
+@torch.no_grad()
+def largest_products(rows: Tensor, table: Tensor, n: int) -> Ranked:
+    """The n largest of each row's products with the rows of a table, and which these are.
+
+    rows: [m, width]. table: [n_table, width]. n is cut to n_table. They are an encoder's n largest
+    pre-activations, which the fastest kernels find without making all products in float32.
+    """
+    n, rows, table = min(n, len(table)), rows.float().contiguous(), table.float().contiguous()
+    if n < len(table):
+        kernels = kernels_of("auto", "auto", "cpu") if rows.device.type == "cpu" else Kernels()
+        codes = kernels.top_k_of_rows(PreActs(rows, table, table.new_zeros(len(table))), n)
+        if codes.nnz == n * len(rows):
+            values, order = codes.acts.view(-1, n).sort(dim=1, descending=True, stable=True)
+            return _ranked(values, codes.feature_ids.view(-1, n).gather(1, order))
+    return _ranked(*(rows @ table.T).topk(n, dim=1))  # rows with fewer positive products
 
 
-def _ranked(parts: Iterable[_TopK]) -> Ranked:
-    values, ids = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
-    return Ranked(ids, values)
+def _without_self(unit: Tensor, first: int, n: int) -> Ranked:
+    """The n nearest of the rows first..first + _AT_ONCE - 1, themselves left out."""
+    rows = unit[first : first + _AT_ONCE]
+    found = largest_products(rows, unit, n + 1)
+    own = np.arange(first, first + len(rows))[:, None]
+    order = np.argsort(found.ids == own, axis=1, kind="stable")[:, :n]
+    picked = np.arange(len(rows))[:, None], order
+    return Ranked(found.ids[picked], found.values[picked])
+
+
+def _ranked(values: Tensor, ids: Tensor) -> Ranked:
+    return Ranked(ids.cpu().numpy(), values.cpu().numpy())

@@ -222,6 +222,22 @@ def neighbors_table(where: Features, nearest: Ranked) -> pa.Table:
     return _table(where, np.repeat(np.arange(n_features), n), columns)
 
 
+def similar_table(sae_id: int, other_sae_id: int, similar: Ranked) -> pa.Table:
+    """Rows of `similar_features` for every feature of one SAE and one other."""
+    n_features, n = similar.ids.shape
+    size = n_features * n
+    return pa.table(
+        {
+            "sae_id": pa.array(np.full(size, sae_id, np.int32)),
+            "feature_id": np.repeat(np.arange(n_features), n),
+            "rank": np.tile(np.arange(1, n + 1), n_features),
+            "other_sae_id": pa.array(np.full(size, other_sae_id, np.int32)),
+            "other_id": similar.ids.ravel(),
+            "cosine": similar.values.ravel(),
+        }
+    )
+
+
 def _ranked_table(where: Features, ranked: Ranked, sign: int, texts: pa.Array) -> pa.Table:
     n_features, n = ranked.ids.shape
     columns = {

@@ -3,7 +3,7 @@
 import datetime
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice, pairwise
+from itertools import islice, pairwise, permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,7 +24,13 @@ from . import tables
 from .collect import RowCounts
 from .context_tables import contexts_table, shown_contexts
 from .counting import CURRENT, FOLLOWING, PREVIOUS
-from .directions import LogitEffects, logit_effects, logit_spread, nearest_features
+from .directions import (
+    LogitEffects,
+    NearestFeatures,
+    logit_effects,
+    logit_spread,
+    similar_features,
+)
 from .merging import MergedBucket, merged_buckets
 from .part_files import PartReader
 from .parts import record
@@ -43,18 +49,18 @@ _USES_IN_A_LABEL = 12
 class ModelWords(NamedTuple):
     """What the index takes from the language model.
 
-    texts: every token's text, by id; arrow: the same. logit_matrix: [d_model, vocab].
+    texts: every token's text, by id; arrow: the same. unembedding: [vocab, d_model].
     """
 
     texts: list[str]
     arrow: pa.Array
-    logit_matrix: torch.Tensor
+    unembedding: torch.Tensor
 
     @classmethod
     def of(cls, lm: "LanguageModel") -> "ModelWords":
         """Read them from a model."""
         texts = vocabulary(lm)
-        return cls(texts, pa.array(texts, pa.string()), lm.logit_matrix())
+        return cls(texts, pa.array(texts, pa.string()), lm.logit_matrix().T.contiguous())
 
 
 class SAERows(NamedTuple):
@@ -102,13 +108,15 @@ class Writer:
         connection: duckdb.DuckDBPyConnection,
         lm: "LanguageModel",
         text: TextRows,
+        nearest: NearestFeatures,
         config: IndexConfig,
         on_progress: OnProgress,
     ) -> None:
+        self._nearest = nearest
         self._connection, self._lm, self._text = connection, lm, text
         self._config, self._on_progress = config, on_progress
         self.words = ModelWords.of(lm)
-        self._spread = logit_spread(self.words.logit_matrix)
+        self._spread = logit_spread(self.words.unembedding)
 
     def write_sae(self, found: SAERows, about: pa.Table) -> None:
         """Write everything about one SAE, in one transaction. about: its row of `saes`."""
@@ -123,6 +131,17 @@ class Writer:
                 for table, rows in self._rows(where, bucket, found, n_active, word_rates):
                     insert(self._connection, table, rows)
                 self._on_progress(IndexProgress("features", where.stop, d_sae))
+
+    def write_similar(self, saes: Sequence[IndexedSAE]) -> None:
+        """Write which features of other SAEs of the same width lie nearest to each."""
+        with transaction(self._connection):
+            for one, other in permutations(saes, 2):
+                if one.sae.W_dec.shape[1] == other.sae.W_dec.shape[1]:
+                    similar = similar_features(
+                        one.sae.W_dec, other.sae.W_dec, self._config.n_similar
+                    )
+                    rows = tables.similar_table(one.sae_id, other.sae_id, similar)
+                    insert(self._connection, "similar_features", rows)
 
     def write_documents(self, sources: Mapping[int, str]) -> None:
         """Write the text of every document. sources: document's number -> its source."""
@@ -158,7 +177,8 @@ class Writer:
         best = {place: tables.best_uses(u, u.lifts, config.n_tokens) for place, u in uses.items()}
         contexts = self._contexts(where, bucket, totals)
         effects = self._effects(where, W_dec)
-        nearest = nearest_features(W_dec, where.first, where.stop, config.n_neighbors)
+        nearest = self._nearest.of(found.indexed.weights_hash, W_dec)
+        near = nearest.of_features(where.first, where.stop)
         labels = self._labels(where, uses.pop(CURRENT), contexts, effects, rows.tokens, word_rates)
         shown = [label if n else None for label, n in zip(labels, totals.n_active, strict=True)]
         yield "features", tables.features_table(where, totals, shown)
@@ -177,7 +197,10 @@ class Writer:
             "coactivations",
             tables.coactivations_table(where, pairs, n_active, config.n_coactivations),
         )
-        yield "neighbors", tables.neighbors_table(where, nearest)
+        yield (
+            "neighbors",
+            tables.neighbors_table(where, near),
+        )
         if effects is not None:
             yield "feature_logits", tables.logits_table(where, effects, texts)
 
@@ -212,10 +235,10 @@ class Writer:
 
     def _effects(self, where: Features, W_dec: torch.Tensor) -> LogitEffects | None:
         """Logit effects, or None where the SAE isn't as wide as the residual stream."""
-        if W_dec.shape[1] != self.words.logit_matrix.shape[0]:
+        if W_dec.shape[1] != self.words.unembedding.shape[1]:
             return None
         rows = W_dec[where.first : where.stop]
-        return logit_effects(rows, self.words.logit_matrix, self._spread, self._config.n_logits)
+        return logit_effects(rows, self.words.unembedding, self._spread, self._config.n_logits)
 
 
 def _evidence(

@@ -81,7 +81,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "decimals": ("SELECT 1e38::DECIMAL(38, 0) * 10", "Out of Range|Conversion|Overflow"),
     "its own error": ("SELECT error('boo')", "boo"),
     "no parameter": ("SELECT ?", "not provided"),
-    "no such table": ("FROM featuers", "the tables are contexts, documents"),
+    "no such table": ("FROM featuers", "the tables are coactivations, contexts"),
     "control characters": ('SELECT "\x1b[2Jboo"', r"<U\+001B>\[2Jboo"),
     "a text too large": ("SELECT repeat('x', 10000000000)", "Out of Range"),
     "a list too large": ("SELECT unnest(range(10000000000))", "not supported"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pytest
+import torch
 
 from feature_db import (
     SCHEMA_VERSION,
@@ -18,6 +19,7 @@ from feature_db import (
     QueryError,
     SchemaVersionError,
     build_index,
+    search,
 )
 from sae import SAE
 
@@ -290,3 +292,67 @@ def test_active_takes_the_same_sae_loaded_again(
 ) -> None:
     sae = SAE.load(world.sae.save(tmp_path / "sae"))
     assert len(db.active(world.lm, sae, "The golden gate"))
+
+
+def test_macros_answer_what_the_tables_hold(db: FeatureDB) -> None:
+    (feature, n_active, highest) = db.sql(
+        "SELECT feature_id, n_active, max_act FROM features ORDER BY n_active DESC LIMIT 1"
+    ).fetchall()[0]
+    contexts = db.sql(f"SELECT rank, act FROM contexts_of({feature}, 3)").fetchall()
+    assert [rank for rank, _ in contexts] == [1, 2, 3]
+    assert contexts[0][1] == highest
+    near = db.sql(f"SELECT neighbor_id, cosine FROM neighbors({feature}, 4)").fetchall()
+    assert near == [row[:2] for row in db.neighbors(feature, 4)]
+    assert db.sql(f"FROM quantile({feature}, 1.0)").fetchall()[0][0] == pytest.approx(highest)
+    acts = db.sql("SELECT act FROM range(1, 10) AS q(q), LATERAL (FROM quantile(0, q / 10))")
+    assert [row[0] for row in acts] == sorted(row[0] for row in acts)
+    ((token, lift),) = db.sql(
+        f"SELECT token, lift FROM feature_tokens WHERE feature_id = {feature} AND rank = 1"
+    ).fetchall()
+    found = db.sql("SELECT feature_id, lift FROM token_lift($token)", {"token": token})
+    assert (feature, lift) in found.fetchall()
+    shares = db.sql("SELECT feature_id, share FROM active_on($token)", {"token": token}).fetchall()
+    assert feature in [row[0] for row in shares]
+    assert [row[1] for row in shares] == sorted((row[1] for row in shares), reverse=True)
+    ((other, both),) = db.sql(
+        f"SELECT other_id, n_both FROM coactivations WHERE feature_id = {feature} AND rank = 1"
+    ).fetchall()
+    ((one, two, n_both, jaccard, _),) = db.sql(f"FROM overlap({feature}, {other})").fetchall()
+    assert (one, n_both) == (n_active, both)
+    assert jaccard == pytest.approx(both / (one + two - both))
+
+
+def test_similar_features_of_another_sae_are_the_nearest(world: World, tmp_path: Path) -> None:
+    path = build_index(
+        world.lm,
+        [world.sae, world.other],
+        world.cache,
+        out=tmp_path / "two",
+        config=small_config(),
+    )
+    one, other = (torch.nn.functional.normalize(s.W_dec, dim=1) for s in (world.sae, world.other))
+    cosines = one @ other.T
+    with FeatureDB.open(path) as db:
+        for feature in (0, 7):
+            found = db.sql(f"SELECT other_sae_id, other_id, cosine FROM similar_to(0, {feature})")
+            values, ids = cosines[feature].topk(5)
+            assert [row[:2] for row in found] == [(1, int(i)) for i in ids]
+            assert [row[2] for row in found] == pytest.approx(values.tolist(), rel=1e-4)
+        assert len(db.sql("FROM similar_to(1, 3)")) == 5
+
+
+def test_a_regular_expression_is_searched_for(db: FeatureDB) -> None:
+    found = db.search("k(ee|i)p.r", regex=True)
+    assert len(found)
+    assert {row[1] for row in found} >= {row[1] for row in db.search("keeper", 3)}
+    message = one_line_error(NotFoundError, lambda: db.search("k(", regex=True))
+    assert "is no regular expression" in message
+
+
+def test_search_by_words_finds_what_a_look_at_all_texts_finds(db: FeatureDB) -> None:
+    for text, n in (("treaty", 5), ("golden gate", 1), ("judge", 5), ("opened", 5)):
+        by_words = db.search(text, 5).fetchall()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(search, "_candidates", lambda *_: "TRUE")
+            of_all = db.search(text, 5).fetchall()
+        assert [row[3] for row in by_words[:n]] == [row[3] for row in of_all[:n]]

@@ -38,7 +38,7 @@ def test_steer_by_word(
     assert "feature " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", ["harvest", "train", "index", "storage"])
+@pytest.mark.parametrize("script", ["harvest", "train", "index", "queries", "storage"])
 def test_benchmarks_print_one_json_object_a_line(
     script: str,
     small_run: SmallRun,
@@ -53,6 +53,7 @@ def test_benchmarks_print_one_json_object_a_line(
         ),
         "train": ("--d-model", 32, "--d-sae", 64, "--k", 4, "--batch", 128),
         "index": ("--acts", small_run.acts, "--sae", small_run.sae),
+        "queries": ("--acts", small_run.acts, "--d-sae", 64, "--n-requests", 3),
         "storage": (
             *("--folder", tmp_path, "--gb", 0.001, "--d-model", 32, "--passes", 2),
             *("--cold", "fadvise", "--only", "write", "in_order", "shuffled"),
