@@ -13,6 +13,7 @@ import xxhash
 
 from sae import SAE
 
+from .activations import activations_view, parts_folder
 from .active import ActiveFeatures, active_features, text_codes
 from .errors import DatabaseBusyError, LabelError, NotFoundError, OpenError, QueryError
 from .explanations import (
@@ -46,8 +47,11 @@ class FeatureDB:
     Methods that take `sae_id` need it only where the database holds several SAEs.
     """
 
-    def __init__(self, connection: duckdb.DuckDBPyConnection, path: Path) -> None:
-        self._connection = connection
+    def __init__(
+        self, connection: duckdb.DuckDBPyConnection, path: Path, activations: str | None = None
+    ) -> None:
+        """activations: SQL that makes the view of that name, which each cursor needs anew."""
+        self._connection, self._activations = connection, activations
         self.path = path
 
     @classmethod
@@ -75,13 +79,16 @@ class FeatureDB:
             check_version(version, str(path), may_migrate=not read_only)
             if not read_only:
                 migrate(connection, version)
+            view = activations_view(connection, path)
             if not external_access:
+                if view:
+                    connection.execute("SET allowed_directories = [?]", [f"{parts_folder(path)}/"])
                 connection.execute("SET enable_external_access = false")
                 connection.execute("SET lock_configuration = true")
         except BaseException:
             connection.close()
             raise
-        return cls(connection, path)
+        return cls(connection, path, view)
 
     def close(self) -> None:
         """Close the database; results already fetched stay usable."""
@@ -259,6 +266,8 @@ class FeatureDB:
     def _arrow(self, query: str, params: Params | None) -> pa.Table:
         try:
             with self._connection.cursor() as cursor:
+                if self._activations and "activations" in query.lower():
+                    cursor.execute(self._activations).fetchall()
                 relation = cursor.sql(query, params=params)
                 return pa.table({}) if relation is None else relation.to_arrow_table()
         except duckdb.Error as error:

@@ -22,6 +22,7 @@ from activation_cache import (
     harvest,
 )
 from feature_db import FeatureDB, IndexConfig, IndexProgress, build_index
+from feature_db.activations import BYTES_AN_ACTIVATION, parts_folder
 from sae import (
     SAE,
     EvalConfig,
@@ -223,6 +224,8 @@ def index_stage(
 ) -> Path:
     """SAEs + activations -> the feature database."""
     _heading(console, "index", f"{', '.join(map(str, folders))} -> {out}")
+    if config.keep_activations:
+        _made(console, [kept_activations_line(folders, acts, out)])
     with StageProgress(console, "index", "tokens") as progress:
 
         def show(p: IndexProgress) -> None:
@@ -234,6 +237,16 @@ def index_stage(
     with FeatureDB.open(path) as db:
         _made(console, database_lines(db, path))
     return path
+
+
+def kept_activations_line(folders: Sequence[Path], acts: ActivationCache, out: Path) -> str:
+    """How large the activations that are kept will be, told before."""
+    saes = [SAE.load(folder) for folder in folders]
+    n = acts.n_tokens * sum(sae.expected_l0 or float(sae.density.sum()) for sae in saes)
+    return (
+        f"keeping about {n:,.0f} activations, {n * BYTES_AN_ACTIVATION / 1e6:,.0f} MB, in "
+        f"{parts_folder(out)}"
+    )
 
 
 def cache_lines(acts: ActivationCache) -> list[str]:

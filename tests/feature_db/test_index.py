@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from feature_db import FeatureDB, build_index
+from feature_db import FeatureDB, QueryError, build_index
 from sae import Origin
 
 from .conftest import HOOKPOINT, World, random_sae, small_config
@@ -316,6 +316,25 @@ def test_coactivations_have_the_largest_npmi_of_those_counted(
         assert c.npmi == pytest.approx(pmi / -np.log(c.n_both / n))
     assert (found.groupby("feature_id").npmi.diff().dropna() <= 1e-12).all()
     assert found.feature_id.nunique() > world.sae.d_sae / 2
+
+
+def test_every_activation_is_kept_when_asked(world: World, dense: Dense, tmp_path: Path) -> None:
+    config = small_config(keep_activations=True)
+    out = tmp_path / "it's.duckdb"
+    path = build_index(world.lm, [world.other, world.sae], world.cache, out=out, config=config)
+    ask = "SELECT doc_id, position, act FROM activations WHERE sae_id = 1 AND feature_id = ?"
+    for external_access in (True, False):
+        with FeatureDB.open(path, external_access=external_access) as db:
+            for feature in range(world.sae.d_sae):
+                rows = np.flatnonzero(dense.acts[:, feature])
+                found = db.sql(f"{ask} ORDER BY doc_id, position", [feature]).fetchall()
+                places = zip(dense.doc_ids[rows], dense.positions[rows], strict=True)
+                assert [row[:2] for row in found] == sorted(places)
+                assert sum(r[2] for r in found) == pytest.approx(
+                    dense.acts[:, feature].sum(), rel=1e-4
+                )
+    with FeatureDB.open(path, external_access=False) as db, pytest.raises(QueryError):
+        db.sql(f"SELECT * FROM read_text('{__file__}')")
 
 
 def test_documents_are_written_whole(world: World, db: FeatureDB) -> None:
