@@ -79,12 +79,12 @@ class SAEPart:
         self._kept.append(rows + self._n_rows)
         self._n_rows += len(chunk.token_ids)
 
-    def write(self, counting: Counting, on_features: Callable[[int], None]) -> PartRecord:
+    def write(self, counting: Counting) -> PartRecord:
         """Count the entries; `source` is left to the caller."""
         kept = np.concatenate(self._kept)
         RowCounts.of(counting.rows, kept, counting.vocab_size).save(self.folder)
         with PartWriter(self.folder) as writer:
-            write_counts(counting, self.spool, writer, on_features)
+            write_counts(counting, self.spool, writer)
         shutil.rmtree(self.folder / "spool")
         fsync(self.folder / "rows.npz")
         return PartRecord("", len(kept), self._n_rows - len(kept))
@@ -114,7 +114,7 @@ class Collector:
             rows.save(self._parts.folder / part.name)
             source = self._cache.rows_hash(hookpoint, part.shards)
             for each in counted:
-                record = each.write(self._counting(rows, each.indexed, hookpoint), _ignore)
+                record = each.write(self._counting(rows, each.indexed, hookpoint))
                 self._parts.commit(each.folder, record._replace(source=source))
 
     def _read(self, part: PartRange, hookpoint: str, counted: Sequence[SAEPart]) -> PartRows:
@@ -173,7 +173,3 @@ def codes_by_row(chunk: "Chunk", sae: "SAE", rows: Int64) -> tuple[Int64, Int64,
         counts = np.bincount(entry_rows[kept], minlength=len(counts))
         acts, features = acts[kept], features[kept]
     return counts, features, acts
-
-
-def _ignore(done: int) -> None:
-    del done

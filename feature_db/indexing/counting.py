@@ -4,7 +4,7 @@ Two passes over the spooled entries, a bucket of features at a time: first what 
 itself; then, when all features' strongest rows and counts are known, what it does beside others.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,10 +58,8 @@ class Strongest(NamedTuple):
     acts: Float32
 
 
-def write_counts(
-    counting: Counting, spool: EntrySpool, writer: PartWriter, on_features: Callable[[int], None]
-) -> None:
-    """Count all features. on_features: told how many of the 2 * d_sae steps are done."""
+def write_counts(counting: Counting, spool: EntrySpool, writer: PartWriter) -> None:
+    """Count all features."""
     d_sae, n = counting.d_sae, _CONTEXTS_OF_NEIGHBORS
     strongest = Strongest(
         np.zeros(d_sae, np.int64),
@@ -71,12 +69,10 @@ def write_counts(
     for first, stop in buckets(d_sae, BUCKET):
         entries = spool.of_features(first, stop)
         _write_alone(counting, entries, strongest, writer)
-        on_features(stop)
     by_row = spool.by_row()
     for first, stop in buckets(d_sae, BUCKET):
         entries = spool.of_features(first, stop)
         _write_beside(counting, entries, strongest, by_row, writer)
-        on_features(d_sae + stop)
 
 
 class _Bucket(NamedTuple):
