@@ -400,10 +400,10 @@ def test_training_is_the_same_with_either_tier(config: SAEConfig) -> None:
     for name, each in plain.sae.weights._asdict().items():
         difference = getattr(fast.sae.weights, name) - each
         # Adam's first step has the size of lr whatever the gradient's: where that is a sum that
-        # cancels to a rounding error, single weights differ by a fraction of lr = 1e-3.
-        assert float(difference.abs().max()) < 1e-4
-        if each.dim() == 2:
-            assert float(difference.norm() / each.norm()) < 1e-5
+        # cancels to a rounding error, a feature's weights differ by a fraction of lr = 1e-3. Found
+        # with BatchTopK: 98 of the encoder's 6,144 weights by more than 1e-6, at most by 1e-4.
+        assert float(difference.abs().max()) < 5e-4
+        assert float((difference.abs() > 1e-6).float().mean()) < 0.03
 
 
 @runs_kernels
