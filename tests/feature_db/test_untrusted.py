@@ -286,14 +286,18 @@ def test_its_parent_killed_it_ends_by_itself(world: World) -> None:
 
 
 def test_interrupted_nothing_is_left(db: FeatureDB) -> None:
+    main, is_over = threading.main_thread().ident, threading.Event()
+    assert main is not None
+
     def interrupt() -> None:
-        time.sleep(0.6)
-        os.kill(os.getpid(), signal.SIGINT)
+        while not is_over.wait(1.0):
+            signal.pthread_kill(main, signal.SIGINT)
 
     with ThreadPoolExecutor(1) as pool:
         pool.submit(interrupt)
         with pytest.raises(KeyboardInterrupt):
             db.sql("SELECT sleep_ms(100000)", untrusted=True)
+        is_over.set()
 
 
 TAKEN_OVER = {

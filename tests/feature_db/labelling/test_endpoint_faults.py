@@ -233,6 +233,7 @@ def test_a_model_that_never_answers_as_asked_ends_the_run(
     assert said(planted.path) == []
 
 
+@pytest.mark.slow
 def test_the_rate_limit_is_kept(
     planted: Planted, server: JudgeServer, endpoint: Endpoint, config: LabelConfig
 ) -> None:

@@ -83,6 +83,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(
     assert said(planted.path) == said(whole)
 
 
+@pytest.mark.slow
 def test_a_polite_stop_ends_with_130_and_the_same_command_goes_on(
     planted: Planted, server: JudgeServer, endpoint: Endpoint, config: LabelConfig
 ) -> None:
@@ -104,6 +105,7 @@ def test_a_polite_stop_ends_with_130_and_the_same_command_goes_on(
     assert set(server.seen.explained().values()) == {1}
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_it_at_once_and_leaves_a_usable_database(
     planted: Planted, server: JudgeServer, config: LabelConfig
 ) -> None:
