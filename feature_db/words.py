@@ -32,11 +32,11 @@ def label_words(features: str) -> str:
 
 # The word that the peak is a part of, of which three tokens on either side are looked at.
 _PEAK = f"""
-    CASE WHEN regexp_matches(token, '^{_WORD}')
-        THEN regexp_extract(array_to_string(tokens[greatest(peak - 2, 1):peak], ''), '{_WORD}$') ELSE '' END
+    CASE WHEN regexp_matches(token, '^{_WORD}') THEN regexp_extract(
+        array_to_string(tokens[greatest(peak - 2, 1):peak], ''), '{_WORD}$') ELSE '' END
     || token ||
-    CASE WHEN regexp_matches(token, '{_WORD}$')
-        THEN regexp_extract(array_to_string(tokens[peak + 2:peak + 4], ''), '^{_WORD}') ELSE '' END
+    CASE WHEN regexp_matches(token, '{_WORD}$') THEN regexp_extract(
+        array_to_string(tokens[peak + 2:peak + 4], ''), '^{_WORD}') ELSE '' END
 """
 
 _INSERT = f"""
