@@ -23,6 +23,7 @@ def call(script: str, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> No
     runpy.run_path(str(path), run_name="__main__")
 
 
+@pytest.mark.slow
 def test_planted_truth_is_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -93,6 +93,7 @@ def in_two_seconds() -> str:
     return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [lambda: "1", in_two_seconds])
 def test_retry_after_is_kept_by_all_requests(
     planted: Planted,
@@ -278,6 +279,7 @@ def test_structured_output_asks_for_the_schema(
     assert all("temperature" not in body for body in server.seen.bodies)
 
 
+@pytest.mark.slow
 def test_others_read_while_a_run_goes_on(
     planted: Planted, server: JudgeServer, endpoint: Endpoint, config: LabelConfig, tmp_path: Path
 ) -> None:

@@ -216,6 +216,7 @@ def test_the_estimate_is_near_what_is_sent(
     assert (again.n_features, again.n_done, again.n_requests, again.cost) == (0, 20, 0, 0.0)
 
 
+@pytest.mark.slow
 def test_the_cap_ends_the_run_before_it_is_exceeded(
     planted: Planted, server: JudgeServer, endpoint: Endpoint, config: LabelConfig
 ) -> None:
