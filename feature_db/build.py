@@ -29,7 +29,7 @@ from .indexing.parts import PARTS_SUFFIX, PartRange, PartsFolder, part_settings,
 from .indexing.text_rows import TextRows
 from .indexing.write import SAERows, Writer, sae_row
 from .inputs import IndexedSAE, check_fit, identity_hash, resolve_saes
-from .schema import get_meta, migrate, set_meta
+from .schema import get_meta, new_database, set_meta
 from .transactions import transaction
 from .words import write_words
 
@@ -92,8 +92,7 @@ def build_index(
         text.count(told)
         made = building / "features.duckdb"
         now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
-        with duckdb.connect(str(made)) as connection:
-            migrate(connection)
+        with new_database(made) as connection:
             text.write(
                 Writer(connection, lm, text.rows(), text.nearest, config, told), created_at or now
             )
@@ -178,7 +177,8 @@ class _Text:
         return TextRows(self._parts.rows_folder(part) for part in self._ranges)
 
     def write(self, writer: Writer, created_at: datetime.datetime) -> None:
-        """Write the tables of all SAEs, and the documents."""
+        """Write the tables of all SAEs, the tokens and the documents."""
+        writer.write_vocabulary()
         for each in self._saes:
             folders = [self._counted(part, each) for part in self._ranges]
             found = SAERows.of(each, [f for f in folders if f], self._norms[each.hookpoint])
@@ -222,7 +222,6 @@ def _write_meta(
     set_meta(connection, "identity", identity)
     set_meta(connection, "config", json.dumps(config.identity()))
     set_meta(connection, "cache_fingerprint", cache.fingerprint_hash)
-    connection.execute("CHECKPOINT").fetchall()
 
 
 def _by_hookpoint(saes: Sequence[IndexedSAE]) -> list[IndexedSAE]:

@@ -6,6 +6,7 @@ and neighbours; in notebooks and terminals its contexts are shaded by activation
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -16,6 +17,14 @@ from .token_text import quoted, visible
 
 _SHOWN_CONTEXTS = 10
 _BARS = " ▁▂▃▄▅▆▇█"
+_RANKED = (
+    "contexts",
+    "feature_logits",
+    "feature_tokens",
+    "feature_nearby_tokens",
+    "neighbors",
+    "coactivations",
+)
 
 Rows = Callable[[str, Sequence[Any]], list[dict[str, Any]]]
 
@@ -179,10 +188,14 @@ class Feature:
                 yield Text(f"{_strength(c)}  ") + shaded
 
 
-def load_feature(rows: Rows, sae_id: int, feature_id: int) -> Feature | None:
-    """Read one feature; None if there is no such. rows: runs a query, gives dicts."""
-    where = "WHERE sae_id = ? AND feature_id = ?"
-    ids = [sae_id, feature_id]
+def load_feature(
+    rows: Rows, sae_id: int, feature_id: int, vocabulary: Sequence[str]
+) -> Feature | None:
+    """Read one feature; None if there is no such.
+
+    rows: runs a query, gives dicts. vocabulary: each token's text.
+    """
+    where, ids = "WHERE sae_id = ? AND feature_id = ?", [sae_id, feature_id]
     found = rows(
         "SELECT features.*, saes.name AS sae_name, saes.hookpoint "
         f"FROM features JOIN saes USING (sae_id) {where}",
@@ -190,37 +203,35 @@ def load_feature(rows: Rows, sae_id: int, feature_id: int) -> Feature | None:
     )
     if not found:
         return None
-    contexts = [_context(row) for row in rows(f"SELECT * FROM contexts {where} ORDER BY rank", ids)]
-    logits = rows(f"SELECT * FROM feature_logits {where} ORDER BY rank", ids)
-    tokens = rows(f"SELECT * FROM feature_tokens {where} ORDER BY rank", ids)
-    nearby = rows(f"SELECT * FROM feature_nearby_tokens {where} ORDER BY rank", ids)
+    by_rank = {
+        table: sorted(rows(f"SELECT * FROM {table} {where}", ids), key=itemgetter("rank"))
+        for table in _RANKED
+    }
+    contexts = [_context(row, vocabulary) for row in by_rank["contexts"]]
+    logits, nearby = by_rank["feature_logits"], by_rank["feature_nearby_tokens"]
     bins = rows(f"SELECT lo, hi, n FROM feature_histogram {where} ORDER BY bin", ids)
-    near = rows(
-        "SELECT neighbor_id AS feature_id, cosine, label FROM neighbors JOIN "
-        "(SELECT sae_id, feature_id AS neighbor_id, label FROM features) "
-        f"USING (sae_id, neighbor_id) {where} ORDER BY rank",
-        ids,
-    )
-    together = rows(
-        "SELECT other_id AS feature_id, n_both, npmi, label FROM coactivations JOIN "
-        "(SELECT sae_id, feature_id AS other_id, label FROM features) "
-        f"USING (sae_id, other_id) {where} ORDER BY rank",
-        ids,
-    )
+    near, together = by_rank["neighbors"], by_rank["coactivations"]
+    others = [row["neighbor_id"] for row in near] + [row["other_id"] for row in together]
+    labels = _labels(rows, sae_id, others)
     names = Feature.__dataclass_fields__
     return Feature(
         **{name: value for name, value in found[0].items() if name in names},
         top=tuple(c for c in contexts if c.kind == "top"),
         quantiles=tuple(c for c in contexts if c.kind == "quantile"),
         negatives=tuple(c for c in contexts if c.kind == "negative"),
-        tokens=_token_lifts(tokens),
+        tokens=_token_lifts(by_rank["feature_tokens"]),
         tokens_before=_token_lifts(row for row in nearby if row["place"] == -1),
         tokens_after=_token_lifts(row for row in nearby if row["place"] == 1),
         promoted=_effects(logits, 1),
         suppressed=_effects(logits, -1),
         histogram=tuple(HistogramBin(**row) for row in bins),
-        neighbors=tuple(Neighbor(**row) for row in near),
-        coactivations=tuple(Coactivation(**row) for row in together),
+        neighbors=tuple(
+            Neighbor(row["neighbor_id"], row["cosine"], labels[row["neighbor_id"]]) for row in near
+        ),
+        coactivations=tuple(
+            Coactivation(row["other_id"], row["n_both"], row["npmi"], labels[row["other_id"]])
+            for row in together
+        ),
     )
 
 
@@ -237,9 +248,22 @@ def sparkline(histogram: Sequence[HistogramBin]) -> str:
     return f"{histogram[0].lo:.2g} {''.join(bars)} {histogram[-1].hi:.2g}"
 
 
-def _context(row: dict[str, Any]) -> Context:
-    lists = {name: tuple(row[name]) for name in ("token_ids", "tokens", "acts")}
-    return Context(**{name: row[name] for name in Context._fields} | lists)
+def _context(row: dict[str, Any], vocabulary: Sequence[str]) -> Context:
+    lists = {
+        "token_ids": tuple(row["token_ids"]),
+        "tokens": tuple(vocabulary[token_id] for token_id in row["token_ids"]),
+        "acts": tuple(row["acts"]),
+    }
+    return Context(**{name: row[name] for name in Context._fields if name in row} | lists)
+
+
+def _labels(rows: Rows, sae_id: int, feature_ids: Sequence[int]) -> dict[int, str | None]:
+    found = rows(
+        "SELECT feature_id, label FROM features "
+        "WHERE sae_id = ? AND feature_id IN (SELECT unnest(?::INTEGER[]))",
+        [sae_id, feature_ids],
+    )
+    return {row["feature_id"]: row["label"] for row in found}
 
 
 def _token_lifts(rows: Iterable[dict[str, Any]]) -> tuple[TokenLift, ...]:

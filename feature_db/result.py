@@ -27,12 +27,14 @@ _SHOWN_BY_SHADING = {"acts", "peak", "text", "token_ids"}
 class Result:
     """Rows of a query, all in memory.
 
-    Iterating gives tuples; `len` is the number of rows. Where the columns `tokens` and `acts` are
-    both there, they are shown as text shaded by activation, and the other forms of it left out.
+    Iterating gives tuples; `len` is the number of rows. Where the columns `token_ids` (or `tokens`)
+    and `acts` are both there, they are shown as text shaded by activation, and the other forms of
+    it left out.
     """
 
-    def __init__(self, table: pa.Table) -> None:
-        self._table = table
+    def __init__(self, table: pa.Table, vocabulary: Sequence[str] = ()) -> None:
+        """vocabulary: each token's text, where `token_ids` are to be shown so."""
+        self._table, self._vocabulary = table, vocabulary
 
     @property
     def columns(self) -> list[str]:
@@ -92,6 +94,11 @@ class Result:
             self.columns,
             [list(row) for row in _tuples(self._table.slice(0, _SHOWN_ROWS))],
         )
+        if self._vocabulary and names.count("token_ids") == 1 and "tokens" not in names:
+            at = names.index("token_ids")
+            names[at] = "tokens"
+            for row in rows:
+                row[at] = [self._vocabulary[token_id] for token_id in row[at]]
         if {"tokens", "acts"} <= set(names) and names.count("tokens") == names.count("acts") == 1:
             tokens, acts = names.index("tokens"), names.index("acts")
             peak = names.index("peak") if "peak" in names else None

@@ -8,16 +8,21 @@ text that has all of them apart matches too and counts less. Scores add up over 
     context   1 * part + 3 * part    of its contexts that hold it, and that peak on it
     promoted  1                      one of the tokens it promotes
 
-Candidates come from the sorted table `words`, a few times as many as are asked for; then the texts
-of these alone are looked at. A query without letters or digits, or one that begins with a letter
-outside of ASCII (which may stand inside a word), looks at all texts; so does a regular expression.
+One word is looked up in the sorted table `words`, where these scores are. (A part is at most 1: a
+context that holds two words which begin so counts twice before.) Of several words the candidates
+come from there, a few times as many as are asked for; then the texts of these alone are looked at.
+A query without letters or digits, or one that begins with a letter outside of ASCII (which may
+stand inside a word), looks at all texts; so does a regular expression.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+
 from .errors import NotFoundError
+from .words import CONTEXT_WEIGHT, PEAK_WEIGHT, TOKEN_WEIGHT
 
 _APART = 0.4
 # Candidates for each feature asked for: their order in `words` is nearly that of the scores.
@@ -25,18 +30,31 @@ _CANDIDATES = 2
 _ALL = "TRUE"
 _AFTER_ALL = "\U0010ffff"
 
-Rows = Callable[[str, dict[str, Any]], Sequence[dict[str, Any]]]
+_FOUND = pa.schema(
+    {
+        "sae_id": pa.int32(),
+        "feature_id": pa.int32(),
+        "label": pa.string(),
+        "score": pa.float64(),
+        "reason": pa.string(),
+        "example": pa.string(),
+        "density": pa.float64(),
+    }
+)
+
+Row = dict[str, Any]
+Rows = Callable[[str, dict[str, Any]], Sequence[Row]]
 
 
-class Search(NamedTuple):
-    """A SQL statement and the values to bind to it."""
+class _Statement(NamedTuple):
+    """SQL and the values to bind to it."""
 
     sql: str
     params: dict[str, object]
 
 
-def search_statement(rows: Rows, text: str, limit: int, *, is_regex: bool = False) -> Search:
-    """The search for `text`, ranked, at most `limit` features. rows: runs a query, gives dicts.
+def search(rows: Rows, text: str, limit: int, *, is_regex: bool = False) -> pa.Table:
+    """The features that `text` finds, ranked, at most `limit`. rows: runs a query, gives dicts.
 
     Columns: sae_id, feature_id, label, score, reason, example, density.
     Raises: NotFoundError for an empty text, or a regular expression that isn't one.
@@ -45,8 +63,43 @@ def search_statement(rows: Rows, text: str, limit: int, *, is_regex: bool = Fals
         raise NotFoundError(f"nothing to search for in {text!r}: give a word or a phrase")
     if limit < 1:
         raise NotFoundError(f"limit={limit}: expected 1 or more")
-    if is_regex:
-        return _regex_search(text, limit)
+    if not is_regex and re.fullmatch(r"[a-z0-9][^\W_]*", text.strip().lower()):
+        found: Sequence[Row] = _word_search(rows, text.strip().lower(), limit)
+    else:
+        found = rows(*(_regex_search(text, limit) if is_regex else _text_search(rows, text, limit)))
+    return pa.Table.from_pylist(list(found), _FOUND)
+
+
+def _word_search(rows: Rows, word: str, limit: int) -> list[Row]:
+    """What `words` says of the words that begin so, with labels and examples of the best."""
+    between = {"word": word, "stop": word + _AFTER_ALL}
+    best = rows(_WORD_SEARCH, {**between, "limit": limit})
+    ids = {name: [row[name] for row in best] for name in ("sae_id", "feature_id", "context")}
+    texts = rows(_EXAMPLES, {"context": [each for each in ids["context"] if each is not None]})
+    about = rows(_ABOUT, {name: sorted(set(ids[name])) for name in ("sae_id", "feature_id")})
+    text_of = {row["context"]: row["text"] for row in texts}
+    about_of = {(row["sae_id"], row["feature_id"]): row for row in about}
+    return [
+        row
+        | about_of[row["sae_id"], row["feature_id"]]
+        | {"reason": _reason(row), "example": text_of.get(row["context"])}
+        for row in best
+    ]
+
+
+def _reason(row: Row) -> str:
+    parts = [
+        row["of_label"] and "label",
+        row["of_token"] and f'fires on "{row["token"]}"',
+        row["of_context"]
+        and f"{row['of_context']:.0%} of its contexts, "
+        f"{row['of_peak'] / PEAK_WEIGHT:.0%} at the peak",
+        row["of_promoted"] and f'promotes "{row["promoted"]}"',
+    ]
+    return "; ".join(filter(None, parts))
+
+
+def _text_search(rows: Rows, text: str, limit: int) -> _Statement:
     words = text.lower().split()
     phrase = " ".join(words)
     params: dict[str, object] = {"phrase": pattern(phrase), "first": words[0], "limit": limit}
@@ -60,17 +113,17 @@ def search_statement(rows: Rows, text: str, limit: int, *, is_regex: bool = Fals
     only = _ALL
     if re.match(r"[a-z0-9]", phrase):
         only = _candidates(rows, re.findall(r"[^\W_]+", phrase), _CANDIDATES * limit)
-    return Search(_filled(match, "contains(lower(text), $first)", only), params)
+    return _Statement(_filled(match, "contains(lower(text), $first)", only), params)
 
 
-def _regex_search(text: str, limit: int) -> Search:
+def _regex_search(text: str, limit: int) -> _Statement:
     try:
         re.compile(text)
     except re.error as error:
         raise NotFoundError(f"{text!r} is no regular expression: {error}") from None
     match = "regexp_matches({0}, $phrase)::INTEGER"
     params: dict[str, object] = {"phrase": f"(?i){text}", "n": 0, "limit": limit}
-    return Search(_filled(match, "TRUE", _ALL), params)
+    return _Statement(_filled(match, "TRUE", _ALL), params)
 
 
 def _filled(match: str, contains: str, only: str) -> str:
@@ -113,9 +166,37 @@ def pattern(words: str) -> str:
     return rf"(^|[^\pL\pN]){body}" if words[:1].isascii() and words[:1].isalnum() else body
 
 
+_WORD_SEARCH = f"""
+SELECT *, of_label + of_token + of_context + of_peak + of_promoted AS score
+FROM (
+    SELECT sae_id, feature_id,
+        coalesce(max(weight) FILTER (field = 'label'), 0) AS of_label,
+        least(coalesce(sum(weight) FILTER (field = 'token'), 0), {TOKEN_WEIGHT}) AS of_token,
+        least(coalesce(sum(weight) FILTER (field = 'context'), 0), {CONTEXT_WEIGHT}) AS of_context,
+        least(coalesce(sum(weight) FILTER (field = 'peak'), 0), {PEAK_WEIGHT}) AS of_peak,
+        coalesce(max(weight) FILTER (field = 'promoted'), 0) AS of_promoted,
+        arg_max(word, weight) FILTER (field = 'token') AS token,
+        min(word) FILTER (field = 'promoted') AS promoted,
+        coalesce(min(context) FILTER (field = 'peak'), min(context)) AS context
+    FROM words WHERE word >= $word AND word < $stop GROUP BY sae_id, feature_id
+)
+ORDER BY score DESC, sae_id, feature_id LIMIT $limit
+"""
+
+_EXAMPLES = """
+SELECT rowid AS context, text FROM contexts
+WHERE rowid IN (SELECT unnest($context::BIGINT[]))
+"""
+
+_ABOUT = """
+SELECT sae_id, feature_id, label, density FROM features
+WHERE feature_id IN (SELECT unnest($feature_id::INTEGER[]))
+    AND sae_id IN (SELECT unnest($sae_id::INTEGER[]))
+"""
+
 _SEARCH = """
 WITH some_contexts AS HOW_KEPT (
-    SELECT sae_id, feature_id, text, tokens, token, peak, act FROM contexts
+    SELECT sae_id, feature_id, text, token_ids, token, peak, act FROM contexts
     WHERE kind <> 'negative' AND ONLY
 ), by_label AS (
     SELECT sae_id, feature_id, MATCH_LABEL AS quality
@@ -126,15 +207,15 @@ WITH some_contexts AS HOW_KEPT (
     WHERE quality > 0 GROUP BY ALL
 ), by_context AS (
     SELECT sae_id, feature_id, sum(quality) AS n, count(*) AS n_found,
-        sum(regexp_matches(around, $phrase)::INTEGER) AS n_peak,
+        sum(regexp_matches(lower(substr(
+            text, greatest(n_before - $n + 1, 1), length(token) + 2 * $n
+        )), $phrase)::INTEGER) AS n_peak,
         arg_max(text, quality * act) AS text
     FROM (
-        SELECT *, MATCH_TEXT AS quality,
-            length(array_to_string(tokens[:peak], '')) AS n_before,
-            lower(substr(text, greatest(n_before - $n + 1, 1), length(token) + 2 * $n)) AS around
-        FROM some_contexts WHERE CONTAINS
-    )
-    WHERE quality > 0 GROUP BY ALL
+        SELECT *, length(array_to_string(tokens_of(token_ids[:peak]), '')) AS n_before
+        FROM (SELECT *, MATCH_TEXT AS quality FROM some_contexts WHERE CONTAINS)
+        WHERE quality > 0
+    ) GROUP BY ALL
 ), by_logit AS (
     SELECT sae_id, feature_id, max(quality) AS quality, arg_min(token, rank) AS token
     FROM (SELECT *, MATCH_TOKEN AS quality FROM feature_logits WHERE sign = 1 AND ONLY)
@@ -151,7 +232,8 @@ SELECT sae_id, feature_id, label,
     concat_ws('; ',
         CASE WHEN by_label.quality > 0 THEN 'label' END,
         'fires on "' || by_token.token || '"',
-        n_found || ' of ' || n_contexts || ' contexts, ' || n_peak || ' at the peak',
+        printf('%.0f%% of its contexts, %.0f%% at the peak', 100 * n_found / n_contexts,
+            100 * n_peak / n_contexts),
         'promotes "' || by_logit.token || '"') AS reason,
     by_context.text AS example,
     density

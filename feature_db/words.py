@@ -2,12 +2,13 @@
 
 In: labels, tokens and contexts of a database. Out: its table `words`. A word is a run of letters
 and digits, in lower case; a row's weight is what it adds to the feature's score in a search for
-exactly that word (see search).
+exactly that word (see search). Words of contexts name the strongest one, by its rowid: contexts
+are never deleted, so that it stays.
 """
 
 import duckdb
 
-LABEL_WEIGHT, TOKEN_WEIGHT, PEAK_WEIGHT = 4.0, 3.0, 3.0
+LABEL_WEIGHT, TOKEN_WEIGHT, CONTEXT_WEIGHT, PEAK_WEIGHT = 4.0, 3.0, 1.0, 3.0
 _WORD = r"[\pL\pN]+"
 
 
@@ -26,44 +27,49 @@ def label_words(features: str) -> str:
     """SQL: rows of `words` from labels. features: a table with label, sae_id and feature_id."""
     return (
         f"SELECT unnest({words_in('label')}) AS word, 'label' AS field, sae_id, feature_id, "
-        f"{LABEL_WEIGHT} AS weight FROM {features} WHERE label IS NOT NULL"
+        f"{LABEL_WEIGHT} AS weight, NULL AS context FROM {features} WHERE label IS NOT NULL"
     )
 
 
 # The word that the peak is a part of, of which three tokens on either side are looked at.
 _PEAK = f"""
     CASE WHEN regexp_matches(token, '^{_WORD}') THEN regexp_extract(
-        array_to_string(tokens[greatest(peak - 2, 1):peak], ''), '{_WORD}$') ELSE '' END
+        array_to_string(tokens_of(token_ids[greatest(peak - 2, 1):peak]), ''), '{_WORD}$')
+    ELSE '' END
     || token ||
     CASE WHEN regexp_matches(token, '{_WORD}$') THEN regexp_extract(
-        array_to_string(tokens[peak + 2:peak + 4], ''), '^{_WORD}') ELSE '' END
+        array_to_string(tokens_of(token_ids[peak + 2:peak + 4]), ''), '^{_WORD}')
+    ELSE '' END
 """
 
 _INSERT = f"""
 INSERT INTO words
-SELECT word, field, sae_id, feature_id, weight FROM (
+WITH shown AS (
+    SELECT *, rowid AS context FROM contexts WHERE kind <> 'negative'
+), n_shown AS (
+    SELECT sae_id, feature_id, count(*) AS n_contexts FROM shown GROUP BY ALL
+)
+SELECT word, field, sae_id, feature_id, weight, context FROM (
     {label_words("features")}
     UNION ALL
-    SELECT word, 'token', sae_id, feature_id, {TOKEN_WEIGHT} * sum(used.n_active) / any_value(
-        features.n_active)
+    SELECT word, 'token', sae_id, feature_id,
+        {TOKEN_WEIGHT} * sum(used.n_active) / any_value(features.n_active), NULL
     FROM (SELECT *, unnest({words_in("token")}) AS word FROM feature_tokens) AS used
     JOIN features USING (sae_id, feature_id) GROUP BY word, sae_id, feature_id
     UNION ALL
-    SELECT DISTINCT unnest({words_in("token")}), 'promoted', sae_id, feature_id, 1
+    SELECT DISTINCT unnest({words_in("token")}), 'promoted', sae_id, feature_id, 1, NULL
     FROM feature_logits WHERE sign = 1
     UNION ALL
-    SELECT word, 'context', sae_id, feature_id, sum(weight) / any_value(n_contexts)
+    SELECT word, field, sae_id, feature_id, any_value(weight) * count(*) / any_value(n_contexts),
+        min(context)
     FROM (
-        SELECT unnest({words_in("text")}) AS word, sae_id, feature_id, 1 AS weight
-        FROM contexts WHERE kind <> 'negative'
+        SELECT unnest({words_in("text")}) AS word, 'context' AS field, sae_id, feature_id,
+            {CONTEXT_WEIGHT} AS weight, context FROM shown
         UNION ALL
-        SELECT unnest({words_in(_PEAK)}), sae_id, feature_id, {PEAK_WEIGHT}
-        FROM contexts WHERE kind <> 'negative'
-    ) JOIN (
-        SELECT sae_id, feature_id, count(*) AS n_contexts FROM contexts
-        WHERE kind <> 'negative' GROUP BY ALL
-    ) USING (sae_id, feature_id)
-    GROUP BY word, sae_id, feature_id
+        SELECT unnest({words_in(_PEAK)}), 'peak', sae_id, feature_id, {PEAK_WEIGHT}, context
+        FROM shown
+    ) JOIN n_shown USING (sae_id, feature_id)
+    GROUP BY word, field, sae_id, feature_id
 )
 WHERE word <> ''
 ORDER BY word, field, sae_id, feature_id

@@ -132,6 +132,12 @@ class Writer:
                     insert(self._connection, table, rows)
                 self._on_progress(IndexProgress("features", where.stop, d_sae))
 
+    def write_vocabulary(self) -> None:
+        """Write the text of every token."""
+        token_ids = np.arange(len(self.words.texts), dtype=np.int32)
+        rows = pa.table({"token_id": token_ids, "token": self.words.arrow})
+        insert(self._connection, "vocabulary", rows)
+
     def write_similar(self, saes: Sequence[IndexedSAE]) -> None:
         """Write which features of other SAEs of the same width lie nearest to each."""
         with transaction(self._connection):
@@ -182,7 +188,7 @@ class Writer:
         labels = self._labels(where, uses.pop(CURRENT), contexts, effects, rows.tokens, word_rates)
         shown = [label if n else None for label, n in zip(labels, totals.n_active, strict=True)]
         yield "features", tables.features_table(where, totals, shown)
-        yield "contexts", contexts
+        yield "contexts", contexts.drop_columns(["tokens"])
         yield "feature_tokens", tables.tokens_table(where, best.pop(CURRENT), texts)
         yield "feature_nearby_tokens", tables.nearby_tokens_table(where, best, texts)
         yield "feature_histogram", tables.histogram_table(where, totals)

@@ -138,10 +138,12 @@ def _pairs(db: FeatureDB, sql: str, params: Sequence[Any] = ()) -> list[Pair]:
 
 
 def _rows(db: FeatureDB, sql: str, params: Sequence[Any]) -> list[dict[str, Any]]:
-    return db.sql(sql, params).arrow().to_pylist()  # type: ignore[no-any-return]
+    """Rows with `token_ids`, and these as `tokens`."""
+    texts, found = db.vocabulary(), db.sql(sql, params).arrow().to_pylist()
+    return [{**row, "tokens": [texts[token_id] for token_id in row["token_ids"]]} for row in found]
 
 
-_COLUMNS = "feature_id, kind, rank, quantile, doc_id, position, act, peak, text, tokens, acts"
+_COLUMNS = "feature_id, kind, rank, quantile, doc_id, position, act, peak, text, token_ids, acts"
 _WANTED = (
     "WITH wanted AS (SELECT unnest(?::INTEGER[]) AS sae_id, unnest(?::INTEGER[]) AS wanted_id)"
 )

@@ -91,8 +91,9 @@ def test_dead_feature_renders(db: FeatureDB) -> None:
     assert "never active" in db.feature(47)._repr_html_()
 
 
-def test_result_renders_contexts_as_shaded_text(db: FeatureDB) -> None:
-    found = db.sql("SELECT feature_id, tokens, acts, peak FROM contexts LIMIT 3")
+@pytest.mark.parametrize("tokens", ["token_ids", "tokens_of(token_ids) AS tokens"])
+def test_result_renders_contexts_as_shaded_text(db: FeatureDB, tokens: str) -> None:
+    found = db.sql(f"SELECT feature_id, {tokens}, acts, peak FROM contexts LIMIT 3")
     html = found._repr_html_()
     assert html.count("rgba(") >= 3
     assert ">acts<" not in html

@@ -133,7 +133,8 @@ def test_contexts_hold_the_acts_and_tokens_around_their_peak(
         if p >= 0
     }
     lengths, n_split = set(), 0
-    for c in db.sql("SELECT * FROM contexts").arrow().to_pylist():
+    contexts = db.sql("SELECT *, tokens_of(token_ids) AS tokens FROM contexts")
+    for c in contexts.arrow().to_pylist():
         row = place[c["doc_id"], c["position"]]
         window = dense.window(row, before=6, after=3)
         lengths.add(len(window))

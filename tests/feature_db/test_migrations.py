@@ -49,8 +49,22 @@ def keys_of(connection: duckdb.DuckDBPyConnection) -> Rows:
 
 
 def read_raw(path: Path) -> dict[str, Rows]:
+    """All rows, but `words`, which are made of the others, and were again for schema 4; contexts in
+    the columns of schema 1, of which `tokens` were left out later."""
     with duckdb.connect(str(path), read_only=True) as connection:
-        return rows_of(connection)
+        rows = rows_of(connection)
+        names = {
+            row[0]
+            for row in connection.execute(
+                "SELECT column_name FROM duckdb_columns() WHERE table_name = 'contexts'"
+            ).fetchall()
+        }
+        tokens = "tokens" if "tokens" in names else "tokens_of(token_ids)"
+        rows["contexts"] = connection.execute(
+            "SELECT sae_id, feature_id, kind, rank, quantile, doc_id, position, act, token, peak, "
+            f"text, token_ids, {tokens}, acts FROM contexts ORDER BY ALL"
+        ).fetchall()
+    return {name: found for name, found in rows.items() if name != "words"}
 
 
 def new_database(path: Path, rows_from: Path | None = None) -> Path:

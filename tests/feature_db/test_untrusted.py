@@ -55,7 +55,7 @@ def _unharmed(world: World) -> Iterator[None]:
 
 LEGITIMATE = {
     "rows": "SELECT * FROM features ORDER BY feature_id",
-    "lists and text": "SELECT token_ids, tokens, acts, text FROM contexts ORDER BY ALL LIMIT 20",
+    "lists and text": "SELECT token_ids, tokens_of(token_ids) AS tokens, acts, text FROM contexts ORDER BY ALL LIMIT 20",
     "join": """SELECT f.feature_id, c.text, t.token, lift FROM features f
         JOIN contexts c USING (sae_id, feature_id) JOIN feature_tokens t USING (sae_id, feature_id)
         WHERE c.rank = 1 ORDER BY ALL""",
@@ -71,7 +71,7 @@ LEGITIMATE = {
     "DESCRIBE": "DESCRIBE contexts",
     "SHOW": "SHOW TABLES",
     "SUMMARIZE": "SUMMARIZE SELECT density FROM features",
-    "unnest": "SELECT feature_id, unnest(tokens) FROM contexts ORDER BY ALL LIMIT 50",
+    "unnest": "SELECT feature_id, unnest(tokens_of(token_ids)) FROM contexts ORDER BY ALL LIMIT 50",
     "pivot": "FROM features PIVOT (count(feature_id) FOR is_dead IN (true, false)) ORDER BY ALL",
     "lambda": "SELECT list_transform(acts, lambda a: a * 2) FROM contexts ORDER BY ALL LIMIT 5",
     "all types": "SELECT * EXCLUDE (double_array) FROM test_all_types()",  # NaN isn't itself

@@ -225,7 +225,7 @@ def test_untrusted_sql_prints_the_same(saebase: Saebase, small_run: SmallRun) ->
 
 
 def test_lists_in_csv_are_json(saebase: Saebase, small_run: SmallRun) -> None:
-    sql = "SELECT token_ids, tokens FROM contexts LIMIT 1"
+    sql = "SELECT token_ids, tokens_of(token_ids) FROM contexts LIMIT 1"
     printed = saebase("query", sql, "--db", small_run.db, "--format", "csv").out
     token_ids, tokens = list(csv.reader(printed.splitlines()))[1]
     assert len(json.loads(token_ids)) == len(json.loads(tokens)) > 0
