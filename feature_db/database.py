@@ -29,7 +29,8 @@ from .inputs import weights_hash
 from .label_file import LabelRow
 from .result import Result
 from .schema import check_version, get_meta, migrate
-from .search import search
+from .search import found_table, is_one_word, require_text, word_matches
+from .search_texts import phrase_query, regex_query, text_matches
 from .token_text import visible
 from .transactions import transaction
 from .untrusted import Params, SqlLimits, run_untrusted
@@ -170,7 +171,13 @@ class FeatureDB:
         Returns: sae_id, feature_id, label, score, reason, example, density.
         Raises: NotFoundError for an empty text, or a regular expression that isn't one.
         """
-        return Result(search(self._rows, text, limit, is_regex=regex))
+        require_text(text, limit)
+        if not regex and is_one_word(text):
+            matches = word_matches(self._rows, text.strip().lower(), limit)
+        else:
+            query = regex_query(text) if regex else phrase_query(text)
+            matches = text_matches(self._rows, self.vocabulary(), query, limit)
+        return Result(found_table(self._rows, matches))
 
     def neighbors(self, feature_id: int, n: int = 10, sae_id: int | None = None) -> Result:
         """The n features of nearest direction: neighbor_id, cosine, label, density.

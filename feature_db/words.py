@@ -27,29 +27,29 @@ def label_words(features: str) -> str:
     """SQL: rows of `words` from labels. features: a table with label, sae_id and feature_id."""
     return (
         f"SELECT unnest({words_in('label')}) AS word, 'label' AS field, sae_id, feature_id, "
-        f"{LABEL_WEIGHT} AS weight, NULL AS context FROM {features} WHERE label IS NOT NULL"
+        f"{LABEL_WEIGHT} AS weight, NULL AS example FROM {features} WHERE label IS NOT NULL"
     )
 
 
-# The word that the peak is a part of, of which three tokens on either side are looked at.
+# The word that the peak is a part of, of which six tokens on either side are looked at.
 _PEAK = f"""
     CASE WHEN regexp_matches(token, '^{_WORD}') THEN regexp_extract(
-        array_to_string(tokens_of(token_ids[greatest(peak - 2, 1):peak]), ''), '{_WORD}$')
+        array_to_string(tokens_of(token_ids[greatest(peak - 5, 1):peak]), ''), '{_WORD}$')
     ELSE '' END
     || token ||
     CASE WHEN regexp_matches(token, '{_WORD}$') THEN regexp_extract(
-        array_to_string(tokens_of(token_ids[peak + 2:peak + 4]), ''), '^{_WORD}')
+        array_to_string(tokens_of(token_ids[peak + 2:peak + 7]), ''), '^{_WORD}')
     ELSE '' END
 """
 
 _INSERT = f"""
 INSERT INTO words
 WITH shown AS (
-    SELECT *, rowid AS context FROM contexts WHERE kind <> 'negative'
+    SELECT *, rowid AS example FROM contexts WHERE kind <> 'negative'
 ), n_shown AS (
     SELECT sae_id, feature_id, count(*) AS n_contexts FROM shown GROUP BY ALL
 )
-SELECT word, field, sae_id, feature_id, weight, context FROM (
+SELECT word, field, sae_id, feature_id, weight, example FROM (
     {label_words("features")}
     UNION ALL
     SELECT word, 'token', sae_id, feature_id,
@@ -61,12 +61,12 @@ SELECT word, field, sae_id, feature_id, weight, context FROM (
     FROM feature_logits WHERE sign = 1
     UNION ALL
     SELECT word, field, sae_id, feature_id, any_value(weight) * count(*) / any_value(n_contexts),
-        min(context)
+        min(example)
     FROM (
         SELECT unnest({words_in("text")}) AS word, 'context' AS field, sae_id, feature_id,
-            {CONTEXT_WEIGHT} AS weight, context FROM shown
+            {CONTEXT_WEIGHT} AS weight, example FROM shown
         UNION ALL
-        SELECT unnest({words_in(_PEAK)}), 'peak', sae_id, feature_id, {PEAK_WEIGHT}, context
+        SELECT unnest({words_in(_PEAK)}), 'peak', sae_id, feature_id, {PEAK_WEIGHT}, example
         FROM shown
     ) JOIN n_shown USING (sae_id, feature_id)
     GROUP BY word, field, sae_id, feature_id

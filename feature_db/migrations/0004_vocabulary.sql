@@ -44,7 +44,7 @@ CREATE MACRO contexts_of(id, n, sae := 0) AS TABLE
     FROM contexts
     WHERE sae_id = sae AND feature_id = id AND kind = 'top' AND rank <= n ORDER BY rank;
 
--- context: rowid in `contexts` of the strongest one that holds the word.
+-- example: rowid in `contexts` of the strongest one that holds the word.
 DROP TABLE words;
 CREATE TABLE words (
     word VARCHAR NOT NULL,
@@ -52,5 +52,5 @@ CREATE TABLE words (
     sae_id INTEGER NOT NULL,
     feature_id INTEGER NOT NULL,
     weight FLOAT NOT NULL,
-    context BIGINT
+    example BIGINT
 );

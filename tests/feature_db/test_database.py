@@ -19,8 +19,8 @@ from feature_db import (
     QueryError,
     SchemaVersionError,
     build_index,
-    search,
 )
+from feature_db.search_texts import phrase_query, text_matches
 from sae import SAE
 
 from .conftest import HOOKPOINT, World, small_config, tiny_lm
@@ -352,7 +352,7 @@ def test_a_regular_expression_is_searched_for(db: FeatureDB) -> None:
 def test_search_by_words_finds_what_a_look_at_all_texts_finds(db: FeatureDB) -> None:
     for text, n in (("treaty", 5), ("golden gate", 1), ("judge", 5), ("opened", 5)):
         by_words = db.search(text, 5).fetchall()
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(search, "_candidates", lambda *_: "TRUE")
-            of_all = db.search(text, 5).fetchall()
-        assert [row[3] for row in by_words[:n]] == [row[3] for row in of_all[:n]]
+        query = phrase_query(text)._replace(words=[])
+        of_all = text_matches(db._rows, db.vocabulary(), query, 5)
+        scores = [match.score for match in of_all[:n]]
+        assert [row[3] for row in by_words[:n]] == pytest.approx(scores)

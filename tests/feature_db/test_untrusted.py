@@ -55,7 +55,8 @@ def _unharmed(world: World) -> Iterator[None]:
 
 LEGITIMATE = {
     "rows": "SELECT * FROM features ORDER BY feature_id",
-    "lists and text": "SELECT token_ids, tokens_of(token_ids) AS tokens, acts, text FROM contexts ORDER BY ALL LIMIT 20",
+    "lists and text": """SELECT token_ids, tokens_of(token_ids) AS tokens, acts, text
+        FROM contexts ORDER BY ALL LIMIT 20""",
     "join": """SELECT f.feature_id, c.text, t.token, lift FROM features f
         JOIN contexts c USING (sae_id, feature_id) JOIN feature_tokens t USING (sae_id, feature_id)
         WHERE c.rank = 1 ORDER BY ALL""",
