@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
 # A DuckDB file is three headers of 4 KiB, then blocks.
 _HEADER_BYTES = 3 * 4096
+# Small queries of one feature, each of which is mostly planning.
+_SIDE_BY_SIDE = 4
 
 
 class FeatureDB:
@@ -54,6 +58,7 @@ class FeatureDB:
         """activations: SQL that makes the view of that name, which each cursor needs anew."""
         self._connection, self._activations = connection, activations
         self._vocabulary: Sequence[str] | None = None
+        self._threads = ThreadPoolExecutor(_SIDE_BY_SIDE, "feature-db")
         self.path = path
 
     @classmethod
@@ -94,6 +99,7 @@ class FeatureDB:
 
     def close(self) -> None:
         """Close the database; results already fetched stay usable."""
+        self._threads.shutdown()
         self._connection.close()
 
     def __enter__(self) -> "FeatureDB":
@@ -157,10 +163,10 @@ class FeatureDB:
 
     def feature(self, feature_id: int, sae_id: int | None = None) -> Feature:
         """Everything about one feature. Raises: NotFoundError if there is no such feature."""
-        sae_id = self.require_sae(sae_id)
-        found = load_feature(self._rows, sae_id, feature_id, self.vocabulary())
+        sae = self._sae(sae_id)
+        found = load_feature(self._ask, sae, feature_id, self.vocabulary())
         if found is None:
-            raise NotFoundError(self._no_feature(feature_id, sae_id))
+            raise NotFoundError(self._no_feature(feature_id, sae["sae_id"]))
         return found
 
     def search(self, text: str, limit: int = 20, *, regex: bool = False) -> Result:
@@ -323,6 +329,12 @@ class FeatureDB:
         except duckdb.Error as error:
             raise QueryError(self._explained(str(error))) from None
 
+    def _ask(self, queries: Sequence[str], params: Params) -> list[list[dict[str, Any]]]:
+        """The rows of several queries of the same parameters, run side by side."""
+        if len(queries) == 1:
+            return [self._rows(queries[0], params)]
+        return list(self._threads.map(self._rows, queries, repeat(params)))
+
     def _explained(self, message: str) -> str:
         """DuckDB's message in one line; where a table is unknown, with those that there are."""
         message = one_line(message)
@@ -334,11 +346,14 @@ class FeatureDB:
 
     def require_sae(self, sae_id: int | None) -> int:
         """The SAE meant. Raises: NotFoundError if that is unknown or not plain."""
-        saes = self._rows("SELECT sae_id, name FROM saes ORDER BY sae_id")
-        if sae_id is None and len(saes) == 1:
-            return int(saes[0]["sae_id"])
-        if sae_id is not None and any(row["sae_id"] == sae_id for row in saes):
-            return sae_id
+        return int(self._sae(sae_id)["sae_id"])
+
+    def _sae(self, sae_id: int | None) -> dict[str, Any]:
+        """The row of the SAE meant. Raises: NotFoundError."""
+        saes = self._rows("SELECT sae_id, name, hookpoint FROM saes ORDER BY sae_id")
+        for row in saes:
+            if row["sae_id"] == sae_id or (sae_id is None and len(saes) == 1):
+                return row
         names = ", ".join(f"{row['sae_id']} ({row['name']})" for row in saes)
         if sae_id is None:
             raise NotFoundError(f"{self.path} holds {len(saes)} SAEs: pass sae_id, one of {names}")

@@ -4,7 +4,7 @@ In: a feature's id. Out: a frozen record with its statistics, contexts, tokens, 
 and neighbours; in notebooks and terminals its contexts are shaded by activation.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -17,7 +17,9 @@ from .token_text import quoted, visible
 
 _SHOWN_CONTEXTS = 10
 _BARS = " ▁▂▃▄▅▆▇█"
-_RANKED = (
+_TABLES = (
+    "features",
+    "feature_histogram",
     "contexts",
     "feature_logits",
     "feature_tokens",
@@ -26,7 +28,7 @@ _RANKED = (
     "coactivations",
 )
 
-Rows = Callable[[str, Sequence[Any]], list[dict[str, Any]]]
+Ask = Callable[[Sequence[str], Sequence[Any]], list[list[dict[str, Any]]]]
 
 
 class Context(NamedTuple):
@@ -189,33 +191,32 @@ class Feature:
 
 
 def load_feature(
-    rows: Rows, sae_id: int, feature_id: int, vocabulary: Sequence[str]
+    ask: Ask, sae: Mapping[str, Any], feature_id: int, vocabulary: Sequence[str]
 ) -> Feature | None:
     """Read one feature; None if there is no such.
 
-    rows: runs a query, gives dicts. vocabulary: each token's text.
+    ask: runs queries side by side, gives the rows of each. sae: its row of `saes`. vocabulary: each
+    token's text.
     """
-    where, ids = "WHERE sae_id = ? AND feature_id = ?", [sae_id, feature_id]
-    found = rows(
-        "SELECT features.*, saes.name AS sae_name, saes.hookpoint "
-        f"FROM features JOIN saes USING (sae_id) {where}",
-        ids,
-    )
+    where, ids = "WHERE sae_id = ? AND feature_id = ?", [sae["sae_id"], feature_id]
+    answers = ask([f"SELECT * FROM {table} {where}" for table in _TABLES], ids)
+    found, bins, *ranked = answers
     if not found:
         return None
     by_rank = {
-        table: sorted(rows(f"SELECT * FROM {table} {where}", ids), key=itemgetter("rank"))
-        for table in _RANKED
+        table: sorted(rows, key=itemgetter("rank"))
+        for table, rows in zip(_TABLES[2:], ranked, strict=True)
     }
     contexts = [_context(row, vocabulary) for row in by_rank["contexts"]]
     logits, nearby = by_rank["feature_logits"], by_rank["feature_nearby_tokens"]
-    bins = rows(f"SELECT lo, hi, n FROM feature_histogram {where} ORDER BY bin", ids)
     near, together = by_rank["neighbors"], by_rank["coactivations"]
     others = [row["neighbor_id"] for row in near] + [row["other_id"] for row in together]
-    labels = _labels(rows, sae_id, others)
+    labels = _labels(ask, sae["sae_id"], others)
     names = Feature.__dataclass_fields__
     return Feature(
         **{name: value for name, value in found[0].items() if name in names},
+        sae_name=sae["name"],
+        hookpoint=sae["hookpoint"],
         top=tuple(c for c in contexts if c.kind == "top"),
         quantiles=tuple(c for c in contexts if c.kind == "quantile"),
         negatives=tuple(c for c in contexts if c.kind == "negative"),
@@ -224,7 +225,7 @@ def load_feature(
         tokens_after=_token_lifts(row for row in nearby if row["place"] == 1),
         promoted=_effects(logits, 1),
         suppressed=_effects(logits, -1),
-        histogram=tuple(HistogramBin(**row) for row in bins),
+        histogram=tuple(sorted(HistogramBin(row["lo"], row["hi"], row["n"]) for row in bins)),
         neighbors=tuple(
             Neighbor(row["neighbor_id"], row["cosine"], labels[row["neighbor_id"]]) for row in near
         ),
@@ -257,12 +258,12 @@ def _context(row: dict[str, Any], vocabulary: Sequence[str]) -> Context:
     return Context(**{name: row[name] for name in Context._fields if name in row} | lists)
 
 
-def _labels(rows: Rows, sae_id: int, feature_ids: Sequence[int]) -> dict[int, str | None]:
-    found = rows(
+def _labels(ask: Ask, sae_id: int, feature_ids: Sequence[int]) -> dict[int, str | None]:
+    sql = (
         "SELECT feature_id, label FROM features "
-        "WHERE sae_id = ? AND feature_id IN (SELECT unnest(?::INTEGER[]))",
-        [sae_id, feature_ids],
+        "WHERE sae_id = ? AND feature_id IN (SELECT unnest(?::INTEGER[]))"
     )
+    (found,) = ask([sql], [sae_id, feature_ids])
     return {row["feature_id"]: row["label"] for row in found}
 
 

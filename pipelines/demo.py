@@ -61,7 +61,7 @@ WITH tops AS (
 SELECT feature_id, kind, word
 FROM clear JOIN spread USING (word) JOIN features USING (sae_id, feature_id)
 WHERE share < 0.3 AND density < 0.02
-ORDER BY n * ln(n_documents) DESC, feature_id
+ORDER BY n * ln(clear.n_documents) DESC, feature_id
 """
 
 QUERIES = {

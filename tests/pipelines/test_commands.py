@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from feature_db import FeatureDB
 from pipelines.cli import app, run
+from pipelines.demo import CLEAR_FEATURES, QUERIES
 from tests.pipelines.conftest import Outcome, SmallRun, config_text
 
 Saebase = Callable[..., Outcome]
@@ -237,6 +239,13 @@ def test_the_documentation_s_queries_run(saebase: Saebase, small_run: SmallRun) 
     assert len(queries) >= 3
     for sql in queries:
         assert saebase("query", sql, "--db", small_run.db).status == 0, sql
+
+
+def test_the_demo_s_questions_have_answers_in_any_database(small_run: SmallRun) -> None:
+    with FeatureDB.open(small_run.db) as db:
+        db.sql(CLEAR_FEATURES)
+        for sql in QUERIES.values():
+            db.sql(sql)
 
 
 def test_search_show_and_active_answer(saebase: Saebase, small_run: SmallRun) -> None:
