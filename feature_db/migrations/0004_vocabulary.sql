@@ -54,3 +54,11 @@ CREATE TABLE words (
     weight FLOAT NOT NULL,
     example BIGINT
 );
+
+-- P(|Z| >= |z|) of a standard normal Z, within 1% up to |z| = 8.
+-- Source: Abramowitz and Stegun 1964, 26.2.17.
+CREATE MACRO two_sided_p(z) AS 2 * exp(-z * z / 2) / sqrt(2 * pi()) * (
+    0.319381530 / (1 + 0.2316419 * abs(z)) - 0.356563782 / pow(1 + 0.2316419 * abs(z), 2)
+    + 1.781477937 / pow(1 + 0.2316419 * abs(z), 3) - 1.821255978 / pow(1 + 0.2316419 * abs(z), 4)
+    + 1.330274429 / pow(1 + 0.2316419 * abs(z), 5)
+);
