@@ -3,6 +3,7 @@
     build_index(lm, [sae], cache, out="l6.duckdb")
     db = FeatureDB.open("l6.duckdb")
     db.sql("SELECT ... FROM features JOIN contexts USING (sae_id, feature_id)").df()
+    db.sql("SELECT sae_id, feature_id ...").features().steer(lm, sae, strength=2)
     db.search("golden gate"); db.feature(4021); db.neighbors(4021); db.active(lm, sae, "The keys")
     label_features("l6.duckdb", Endpoint(base_url="http://localhost:8000/v1", model="qwen"))
 
@@ -28,6 +29,7 @@ from .errors import (
 )
 from .explanations import carry_explanations
 from .feature import Coactivation, Context, Feature, HistogramBin, LogitEffect, Neighbor, TokenLift
+from .feature_set import FeatureSet
 from .label_file import LabelRow, read_label_file
 from .labelling import (
     Endpoint,
@@ -55,6 +57,7 @@ __all__ = [
     "Feature",
     "FeatureDB",
     "FeatureDBError",
+    "FeatureSet",
     "HistogramBin",
     "IndexConfig",
     "IndexProgress",

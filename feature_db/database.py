@@ -27,6 +27,7 @@ from .explanations import (
     put_labels,
 )
 from .feature import Feature, load_feature
+from .feature_set import FeatureSet, Frame
 from .inputs import weights_hash
 from .label_file import LabelRow
 from .result import Result
@@ -169,6 +170,11 @@ class FeatureDB:
             raise NotFoundError(self._no_feature(feature_id, sae["sae_id"]))
         return found
 
+    def features(self, found: Frame | Sequence[int]) -> FeatureSet:
+        """The features of a frame with feature_id (and sae_id, where there are several SAEs), or of
+        a list of ids: to look at, steer by or export. Raises: NotFoundError."""
+        return FeatureSet.of(self, found)
+
     def search(self, text: str, limit: int = 20, *, regex: bool = False) -> Result:
         """Features about a word, phrase or regular expression, best first, over all SAEs; case
         doesn't matter.
@@ -183,7 +189,7 @@ class FeatureDB:
         else:
             query = regex_query(text) if regex else phrase_query(text)
             matches = text_matches(self._rows, self.vocabulary(), query, limit)
-        return Result(found_table(self._rows, matches))
+        return self._result(found_table(self._rows, matches))
 
     def neighbors(self, feature_id: int, n: int = 10, sae_id: int | None = None) -> Result:
         """The n features of nearest direction: neighbor_id, cosine, label, density.
@@ -285,7 +291,7 @@ class FeatureDB:
 
     def _result(self, table: pa.Table) -> Result:
         is_shaded = {"token_ids", "acts"} <= set(table.column_names)
-        return Result(table, self.vocabulary() if is_shaded else ())
+        return Result(table, self.vocabulary() if is_shaded else (), self.features)
 
     def _arrow(self, query: str, params: Params | None) -> pa.Table:
         try:
@@ -358,6 +364,10 @@ class FeatureDB:
         if sae_id is None:
             raise NotFoundError(f"{self.path} holds {len(saes)} SAEs: pass sae_id, one of {names}")
         raise NotFoundError(f"{self.path} has no SAE {sae_id}: pass sae_id, one of {names}")
+
+    def sae_id_of(self, sae: SAE) -> int:
+        """The number of an SAE here. Raises: NotFoundError if the database wasn't made of it."""
+        return int(self._row_of(sae)["sae_id"])
 
     def _d_sae(self, sae_id: int) -> int:
         return int(self._rows("SELECT d_sae FROM saes WHERE sae_id = ?", [sae_id])[0]["d_sae"])

@@ -1,6 +1,6 @@
 """Result: the rows of a query, as pandas, polars, Arrow or plain tuples, shown well anywhere."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import polars as pl
 
+    from .feature_set import FeatureSet
+
 _SHOWN_ROWS = 30
 _SHOWN_CHARACTERS = 120
 _SHOWN_ITEMS = 8
@@ -32,9 +34,15 @@ class Result:
     it left out.
     """
 
-    def __init__(self, table: pa.Table, vocabulary: Sequence[str] = ()) -> None:
-        """vocabulary: each token's text, where `token_ids` are to be shown so."""
-        self._table, self._vocabulary = table, vocabulary
+    def __init__(
+        self,
+        table: pa.Table,
+        vocabulary: Sequence[str] = (),
+        features: "Callable[[pa.Table], FeatureSet] | None" = None,
+    ) -> None:
+        """vocabulary: each token's text, where `token_ids` are to be shown so. features: makes a
+        set of features of the rows."""
+        self._table, self._vocabulary, self._features = table, vocabulary, features
 
     @property
     def columns(self) -> list[str]:
@@ -60,6 +68,15 @@ class Result:
         frame = polars.from_arrow(self._table)
         assert isinstance(frame, polars.DataFrame)
         return frame
+
+    def features(self) -> "FeatureSet":
+        """The features that these rows name in sae_id and feature_id, each once, in order.
+
+        Raises: NotFoundError without a column feature_id.
+        """
+        if self._features is None:
+            raise FeatureDBError("these rows are of no open database: pass them to db.features")
+        return self._features(self._table)
 
     def fetchall(self) -> list[tuple[Any, ...]]:
         """As a list of tuples."""
