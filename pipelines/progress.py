@@ -1,6 +1,7 @@
 """What a person sees while a stage runs: a bar in a terminal, a line now and then elsewhere."""
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -102,3 +103,15 @@ def _bar(console: Console) -> Progress:
         console=console,
         refresh_per_second=4,
     )
+
+
+def print_heading(console: Console, stage: str, what: str) -> None:
+    """A stage's name, and from what it makes what."""
+    console.print(f"[bold cyan]{stage}[/]  {what}", highlight=False, soft_wrap=True)
+
+
+def print_made(console: Console, lines: Sequence[str]) -> None:
+    """What a stage made, and an empty line."""
+    for line in lines:
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+    console.print()

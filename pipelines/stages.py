@@ -21,8 +21,6 @@ from activation_cache import (
     LanguageModel,
     harvest,
 )
-from feature_db import FeatureDB, IndexConfig, IndexProgress, build_index
-from feature_db.activations import BYTES_AN_ACTIVATION, parts_folder
 from sae import (
     SAE,
     EvalConfig,
@@ -35,8 +33,9 @@ from sae.storage import read_description
 from .baseline_runs import BaselineRun
 from .config import PipelineConfig
 from .errors import PipelineError
+from .indexing import index_stage
 from .probe_labels import labels_of_model
-from .progress import StageProgress
+from .progress import StageProgress, print_heading, print_made
 from .trackers import Tracker, trackers_of
 from .training import described, train_stage
 
@@ -88,6 +87,38 @@ def model_of_cache(acts: ActivationCache, device: str, dtype: str, console: Cons
     return model_loader(made_with.model, device, dtype, console)
 
 
+def model_loader_of(
+    folders: Sequence[Path], device: str, dtype: str, console: Console
+) -> LoadModel:
+    """A loader of the model that all of some SAEs were trained on. Raises: PipelineError."""
+    made_with = [SAE.load(folder).origin.provenance for folder in folders]
+    models = {(str(each.get("model")), each.get("model_revision")) for each in made_with}
+    if len(models) > 1 or "model" not in made_with[0]:
+        names = ", ".join(sorted(name for name, _ in models))
+        raise PipelineError(f"SAEs of the models {names}: index those of one model, named in them")
+    if dtype == "auto":
+        dtype = made_with[0].get("model_dtype", dtype)
+    return model_loader(made_with[0]["model"], device, dtype, console)
+
+
+def harvest_for(
+    console: Console,
+    load_lm: LoadModel,
+    folders: Sequence[Path],
+    dataset: str,
+    n_tokens: int,
+    out: Path,
+) -> ActivationCache:
+    """Activations of a text where some SAEs read, packed as in their training."""
+    origins = [SAE.load(folder).origin for folder in folders]
+    ctx_len = origins[0].provenance.get("ctx_len")
+    config = HarvestConfig.of(
+        None, {"n_tokens": n_tokens} | ({"ctx_len": ctx_len} if ctx_len else {})
+    )
+    hookpoints = list(dict.fromkeys(str(origin.hookpoint) for origin in origins))
+    return harvest_stage(console, load_lm, dataset, hookpoints, str(out), config)
+
+
 def model_of(sae: SAE, device: str, dtype: str) -> LanguageModel:
     """The model that an SAE was trained on; dtype "auto" is the one it ran in.
 
@@ -111,7 +142,7 @@ def harvest_stage(
 ) -> ActivationCache:
     """Text -> activations on disk, with progress. how: `extend`, `repair`, `rank`, `world_size` of
     `activation_cache.harvest`."""
-    _heading(console, "harvest", f"{', '.join(hookpoints)} over {dataset} -> {out}")
+    print_heading(console, "harvest", f"{', '.join(hookpoints)} over {dataset} -> {out}")
     with StageProgress(console, "harvest", "tokens") as progress:
 
         def show(p: HarvestProgress) -> None:
@@ -126,7 +157,7 @@ def harvest_stage(
             on_progress=show,
             **how,
         )
-    _made(console, cache_lines(acts))
+    print_made(console, cache_lines(acts))
     return acts
 
 
@@ -166,7 +197,7 @@ def evaluate_stage(
 
     Raises: PipelineError if labels are asked for without a model.
     """
-    _heading(console, "evaluate", f"{folder} on {config.split} documents of {acts.path}")
+    print_heading(console, "evaluate", f"{folder} on {config.split} documents of {acts.path}")
     sae = SAE.load(folder)
     made_from = {
         "cache_fingerprint": acts.fingerprint_hash,
@@ -193,7 +224,7 @@ def evaluate_stage(
         report.write(folder / REPORT)
     for tracker in trackers:
         tracker.report(report)
-    _made(console, report.lines())
+    print_made(console, report.lines())
     return report
 
 
@@ -210,43 +241,6 @@ def _labelled(
         )
     lm, hookpoint = load_lm(), sae.hookpoint or acts.hookpoints[0]
     return labels_of_model(lm, acts, hookpoint, config.n_probe_rows, config.split)
-
-
-def index_stage(
-    console: Console,
-    load_lm: LoadModel,
-    folders: Sequence[Path],
-    acts: ActivationCache,
-    out: Path,
-    config: IndexConfig,
-    *,
-    overwrite: bool = False,
-) -> Path:
-    """SAEs + activations -> the feature database."""
-    _heading(console, "index", f"{', '.join(map(str, folders))} -> {out}")
-    if config.keep_activations:
-        _made(console, [kept_activations_line(folders, acts, out)])
-    with StageProgress(console, "index", "tokens") as progress:
-
-        def show(p: IndexProgress) -> None:
-            progress.update(p.done, p.total, unit=p.stage)
-
-        path = build_index(
-            load_lm(), folders, acts, out=out, config=config, on_progress=show, overwrite=overwrite
-        )
-    with FeatureDB.open(path) as db:
-        _made(console, database_lines(db, path))
-    return path
-
-
-def kept_activations_line(folders: Sequence[Path], acts: ActivationCache, out: Path) -> str:
-    """How large the activations that are kept will be, told before."""
-    saes = [SAE.load(folder) for folder in folders]
-    n = acts.n_tokens * sum(sae.expected_l0 or float(sae.density.sum()) for sae in saes)
-    return (
-        f"keeping about {n:,.0f} activations, {n * BYTES_AN_ACTIVATION / 1e6:,.0f} MB, in "
-        f"{parts_folder(out)}"
-    )
 
 
 def cache_lines(acts: ActivationCache) -> list[str]:
@@ -271,18 +265,6 @@ def cache_lines(acts: ActivationCache) -> list[str]:
     return lines
 
 
-def database_lines(db: FeatureDB, path: Path) -> list[str]:
-    """What a feature database holds, in a sentence."""
-    features, alive, contexts = db.sql(
-        "SELECT count(*), count(*) FILTER (WHERE NOT is_dead), "
-        "(SELECT count(*) FROM contexts) FROM features"
-    ).fetchall()[0]
-    return [
-        f"{features:,} features ({alive:,} active), {contexts:,} contexts, "
-        f"{path.stat().st_size / 1e6:,.1f} MB in {path}"
-    ]
-
-
 def open_cache(place: str, hookpoint: str | None) -> tuple[ActivationCache, str]:
     """A cache, and the hookpoint of it that is meant: the only one where none is named."""
     acts = ActivationCache.open(place)
@@ -295,16 +277,6 @@ def open_cache(place: str, hookpoint: str | None) -> tuple[ActivationCache, str]
 
 def _report_at(path: Path) -> Report | None:
     return Report.read(path) if path.is_file() else None
-
-
-def _heading(console: Console, stage: str, what: str) -> None:
-    console.print(f"[bold cyan]{stage}[/]  {what}", highlight=False, soft_wrap=True)
-
-
-def _made(console: Console, lines: Sequence[str]) -> None:
-    for line in lines:
-        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
-    console.print()
 
 
 @contextmanager

@@ -14,7 +14,9 @@ from sae import EvalConfig
 from .. import stages
 from ..baseline_runs import BaselineRun
 from ..cli import app, console
-from ..ranks import place_among_ranks
+from ..errors import PipelineError
+from ..indexing import count_stage, forget_text, index_stage, text_folder
+from ..ranks import Ranks, place_among_ranks
 from .arguments import (
     DEFAULT_ACTS,
     DEFAULT_DATABASE,
@@ -141,19 +143,67 @@ def evaluate(
 def index(
     saes: Annotated[list[Path], Parameter(help="Folders of trained SAEs.", negative=())],
     *,
-    acts: Acts = DEFAULT_ACTS,
+    acts: Acts | None = None,
+    dataset: Annotated[
+        str | None, Parameter(help="A text instead of a cache, run through the SAEs' model now.")
+    ] = None,
+    n_tokens: Annotated[int | None, Parameter(help="Tokens of --dataset to index.")] = None,
     out: Annotated[Local, Parameter(help="Database file to write.")] = DEFAULT_DATABASE,
     overwrite: Annotated[bool, Parameter(negative=(), help="Replace another database.")] = False,
+    parts: Annotated[
+        list[Path] | None,
+        Parameter(
+            consume_multiple=True,
+            negative=(),
+            help="Folders of parts that were counted elsewhere (NAME.duckdb.parts).",
+        ),
+    ] = None,
+    rank: Rank = None,
+    world_size: WorldSize = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     settings: Annotated[IndexConfig, Fields] = IndexConfig(),  # noqa: B008
 ) -> None:
-    """Look at every feature: contexts, tokens, logits, neighbours, labels, in one database."""
-    cache = ActivationCache.open(acts)
-    load_lm = stages.model_of_cache(cache, device, dtype, console)
-    stages.index_stage(console, load_lm, saes, cache, out, settings, overwrite=overwrite)
+    """Look at every feature: contexts, tokens, logits, neighbours, labels, in one database.
+
+    Of several processes (--rank and --world-size, torchrun or srun) each counts its share of the
+    text into OUT.parts; the same command by itself then makes the database of them.
+    """
+    ranks = place_among_ranks(rank, world_size)
+    if dataset is None:
+        cache = ActivationCache.open(acts or DEFAULT_ACTS)
+        load_lm = stages.model_of_cache(cache, device, dtype, console)
+    else:
+        n_tokens = _tokens_wanted(acts, n_tokens, ranks)
+        load_lm = stages.model_loader_of(saes, device, dtype, console)
+        cache = stages.harvest_for(console, load_lm, saes, dataset, n_tokens, text_folder(out))
+    if ranks.world_size > 1:
+        count_stage(console, load_lm, saes, cache, out, settings, ranks)
+        given = " ".join(quote(str(sae)) for sae in saes)
+        _next(
+            f"when all have ended: saebase index {given} --acts {quote(acts or DEFAULT_ACTS)} "
+            f"--out {quote(str(out))}"
+        )
+        return
+    index_stage(
+        console, load_lm, saes, cache, out, settings, overwrite=overwrite, parts=parts or ()
+    )
+    if dataset is not None:
+        forget_text(out)
     sql = "SELECT * FROM features ORDER BY density DESC LIMIT 10"
     _next(f'saebase query "{sql}" --db {quote(str(out))}')
+
+
+def _tokens_wanted(acts: str | None, n_tokens: int | None, ranks: Ranks) -> int:
+    if acts is not None:
+        raise PipelineError(f"--acts {acts} and --dataset: a cache or a text, not both")
+    if n_tokens is None or n_tokens < 1:
+        raise PipelineError(f"--n-tokens {n_tokens}: say how many tokens of --dataset to index")
+    if ranks.world_size > 1:
+        raise PipelineError(
+            f"--dataset in {ranks.world_size} processes: harvest in them first, then index --acts"
+        )
+    return n_tokens
 
 
 @app.command
