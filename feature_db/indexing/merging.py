@@ -196,7 +196,7 @@ class MergedBucket:
     def _sampled(self, rows: ContextRows, config: IndexConfig) -> ContextRows:
         rows = rows.take(np.lexsort((rows.rows, rows.features)))
         offsets = self._offsets(rows.features)
-        scores = sample_scores(offsets, self.first, rows.rows, config.seed)
+        scores = sample_scores(offsets, self.first, rows.rows, 0, config.seed)
         best = best_entries(offsets, scores, rows.rows, config.quantile_sample, 0)
         return rows.take(best[best >= 0])
 

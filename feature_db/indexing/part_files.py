@@ -84,9 +84,20 @@ class PartWriter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._writers: dict[str, pq.ParquetWriter] = {}
+        self._bucket: dict[str, list[pa.Table]] = {}
 
     def write(self, table: str, columns: Columns) -> None:
-        """Append the next bucket of a table, sorted by feature."""
+        """Append rows of this bucket to a table, sorted by feature."""
+        self._bucket.setdefault(table, []).append(pa.table(dict(columns), SCHEMAS[table]))
+
+    def end_bucket(self) -> None:
+        """Write what was appended: a row group of each table."""
+        for table, parts in self._bucket.items():
+            rows = pa.concat_tables(parts)
+            self._writer(table).write_table(rows, row_group_size=max(len(rows), 1))
+        self._bucket.clear()
+
+    def _writer(self, table: str) -> pq.ParquetWriter:
         if table not in self._writers:
             self._writers[table] = pq.ParquetWriter(
                 self._folder / f"{table}.parquet",
@@ -96,8 +107,7 @@ class PartWriter:
                 use_dictionary=False,
                 write_page_checksum=True,
             )
-        rows = pa.table(dict(columns), SCHEMAS[table])
-        self._writers[table].write_table(rows, row_group_size=max(len(rows), 1))
+        return self._writers[table]
 
     def __enter__(self) -> "PartWriter":
         return self
