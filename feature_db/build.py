@@ -25,7 +25,7 @@ from .errors import DatabaseExistsError, IndexingError
 from .explanations import carry_explanations
 from .indexing.collect import Collector
 from .indexing.directions import NearestFeatures
-from .indexing.parts import PARTS_SUFFIX, PartRange, PartsFolder, part_settings, take_lock
+from .indexing.parts import PartRange, PartsFolder, part_settings, parts_folder, take_lock
 from .indexing.text_rows import TextRows
 from .indexing.write import SAERows, Writer, sae_row
 from .inputs import IndexedSAE, check_fit, identity_hash, resolve_saes
@@ -74,7 +74,7 @@ def build_index(
     indexed = resolve_saes(saes, cache)
     check_fit(lm, indexed, cache)
     identity = identity_hash(lm, indexed, cache, config)
-    folder = path.with_name(path.name + PARTS_SUFFIX)
+    folder = parts_folder(path)
     if path.exists():
         if _identity_of(path) == identity:
             return path

@@ -22,7 +22,8 @@ from activation_cache import (
     harvest,
 )
 from feature_db import FeatureDB, IndexConfig, IndexProgress, build_index
-from feature_db.activations import BYTES_AN_ACTIVATION, parts_folder
+from feature_db.activations import BYTES_AN_ACTIVATION
+from feature_db.indexing.parts import parts_folder
 from sae import (
     SAE,
     EvalConfig,
