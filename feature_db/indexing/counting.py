@@ -12,9 +12,9 @@ import pyarrow as pa
 
 from ..config import IndexConfig
 from .best_rows import acts_around, best_entries, sample_scores
-from .part_files import BUCKET, Columns, PartWriter
+from .part_files import Columns, PartWriter, buckets
 from .sorting import Float32, Int32, Int64
-from .spool import Entries, EntrySpool, RowFeatures, buckets
+from .spool import Entries, EntrySpool, RowFeatures
 from .statistics import FeatureTotals, Scales, feature_totals, fixed_acts
 from .text_rows import PartRows, RowRecords
 from .uses import companions, document_uses, near_misses, token_uses
@@ -69,7 +69,7 @@ def write_counts(counting: Counting, spool: EntrySpool, writer: PartWriter) -> N
     shape = counting.d_sae, _CONTEXTS_OF_NEIGHBORS
     strongest = Strongest(np.full(shape, -1, np.int32), np.zeros(shape, np.float32))
     by_row = spool.by_row()
-    for first, stop in buckets(counting.d_sae, BUCKET):
+    for first, stop in buckets(counting.d_sae):
         for one_slice in spool.slices(first, stop):
             entries = spool.of_features(*one_slice, counting.records.table)
             top = _top(counting, entries)
@@ -77,7 +77,7 @@ def write_counts(counting: Counting, spool: EntrySpool, writer: PartWriter) -> N
             for table, columns in _tables(counting, entries, top, spool.n_active, by_row):
                 writer.write(table, columns)
         writer.end_bucket()
-    for first, stop in buckets(counting.d_sae, BUCKET):
+    for first, stop in buckets(counting.d_sae):
         writer.write("near_misses", _near_miss_columns(counting, first, stop, strongest, by_row))
         writer.end_bucket()
 

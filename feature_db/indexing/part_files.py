@@ -7,6 +7,7 @@ checksums, which are verified as they are read.
 
 import os
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 
@@ -76,6 +77,11 @@ _SCHEMAS: dict[str, list[tuple[str, pa.DataType]]] = {
 SCHEMAS = {name: pa.schema(fields) for name, fields in _SCHEMAS.items()}
 
 Columns = Mapping[str, "np.ndarray | pa.Array"]
+
+
+def buckets(d_sae: int) -> list[tuple[int, int]]:
+    """Ranges of features, a bucket each: (first, stop)."""
+    return list(pairwise([*range(0, d_sae, BUCKET), d_sae]))
 
 
 class PartWriter:

@@ -7,7 +7,6 @@ features); memory: what one slice of features has.
 
 from collections.abc import Iterator
 from io import BufferedReader
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,8 +157,3 @@ def _read(file: BufferedReader, dtype: Any, first: int, stop: int) -> Any:
     file.seek(first * values.itemsize)
     file.readinto(values.data)
     return values
-
-
-def buckets(d_sae: int, size: int) -> list[tuple[int, int]]:
-    """Ranges of features, `size` each: (first, stop)."""
-    return list(pairwise([*range(0, d_sae, size), d_sae]))
