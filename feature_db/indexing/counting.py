@@ -13,7 +13,7 @@ import pyarrow as pa
 from ..config import IndexConfig
 from .best_rows import acts_around, best_entries, sample_scores
 from .part_files import Columns, PartWriter, buckets
-from .sorting import Float32, Int32, Int64
+from .sorting import DOCUMENT, Float32, Int32, Int64
 from .spool import Entries, EntrySpool, RowFeatures
 from .statistics import FeatureTotals, Scales, feature_totals, fixed_acts
 from .text_rows import PartRows, RowRecords
@@ -78,7 +78,7 @@ def write_counts(counting: Counting, spool: EntrySpool, writer: PartWriter) -> N
                 writer.write(table, columns)
         writer.end_bucket()
     for first, stop in buckets(counting.d_sae):
-        writer.write("near_misses", _near_miss_columns(counting, first, stop, strongest, by_row))
+        writer.write("near_misses", _near_miss_columns(counting, spool, first, stop, strongest))
         writer.end_bucket()
 
 
@@ -101,12 +101,12 @@ def _tables(
 
 
 def _near_miss_columns(
-    counting: Counting, first: int, stop: int, strongest: Strongest, by_row: RowFeatures
+    counting: Counting, spool: EntrySpool, first: int, stop: int, strongest: Strongest
 ) -> Columns:
     """Rows of "near_misses" of the features first <= feature < stop."""
     rows, near = counting.rows, counting.neighbors[first:stop]
-    n_negatives = counting.config.n_negatives
-    missed = near_misses(first, near, strongest.rows, by_row, *rows.spans, n_negatives)
+    n, runs = counting.config.n_negatives, spool.runs_of(first, stop)
+    missed = near_misses(runs, near, strongest.rows, rows.spans, n)
     features, places = np.nonzero(missed.rows >= 0)
     local, neighbors = missed.rows[features, places], missed.neighbors[features, places]
     is_its = strongest.rows[neighbors] == local[:, None]
@@ -134,15 +134,7 @@ def _companion_columns(entries: Entries, n_active: Int64, by_row: RowFeatures) -
 
 def _totals(counting: Counting, entries: Entries, fixed: Int64) -> FeatureTotals:
     doc_ids = counting.records.doc_ids
-    totals = feature_totals(
-        entries.offsets,
-        entries.acts,
-        fixed,
-        entries.column("position"),
-        entries.column("position_bin"),
-        entries.column("document"),
-        counting.scales,
-    )
+    totals = feature_totals(entries.offsets, entries.acts, fixed, entries.records, counting.scales)
     first, last = (
         np.where(place < 0, -1, doc_ids[place])
         for place in (totals.first_document, totals.last_document)
@@ -152,13 +144,13 @@ def _totals(counting: Counting, entries: Entries, fixed: Int64) -> FeatureTotals
 
 def _top(counting: Counting, entries: Entries) -> Int64:
     n, limit = CANDIDATES * counting.config.n_top, counting.config.max_per_document
-    return best_entries(entries.offsets, entries.acts, entries.column("document"), n, limit)
+    return best_entries(entries.offsets, entries.acts, entries.records[:, DOCUMENT], n, limit)
 
 
 def _sample(counting: Counting, entries: Entries) -> Int64:
     config, rows, first_row = counting.config, entries.rows, counting.rows.first_row
     scores = sample_scores(entries.offsets, entries.first, rows, first_row, config.seed)
-    return best_entries(entries.offsets, scores, rows, config.quantile_sample, 0)
+    return best_entries(entries.offsets, scores, scores, config.quantile_sample, 0)
 
 
 def _context_columns(counting: Counting, entries: Entries, top: Int64, sample: Int64) -> Columns:
@@ -210,9 +202,7 @@ def _token_columns(counting: Counting, entries: Entries, fixed: Int64) -> Column
 
 def _document_columns(counting: Counting, entries: Entries, fixed: Int64) -> Columns:
     """Rows of "documents"."""
-    found = document_uses(
-        entries.offsets, entries.acts, fixed, entries.column("document"), MOST_DOCUMENTS
-    )
+    found = document_uses(entries.offsets, entries.acts, fixed, entries.records, MOST_DOCUMENTS)
     features, places = np.nonzero(found.documents >= 0)
     columns = {
         "doc_id": counting.records.doc_ids[found.documents[features, places]],

@@ -19,6 +19,7 @@ Float64 = NDArray[np.float64]
 # What is looked up of every entry's row. The first three are the tokens before, on and behind it.
 RECORD = ("previous", "token", "following", "document", "position", "position_bin")
 N_COLUMNS = len(RECORD)
+DOCUMENT, POSITION, POSITION_BIN = (RECORD.index(name) for name in RECORD[3:])
 
 _Function = TypeVar("_Function")
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .sorting import N_COLUMNS, RECORD, Float32, Int32, Int64, UInt16, join_run, sort_run
+from .sorting import N_COLUMNS, Float32, Int32, Int64, UInt16, join_run, sort_run
 
 # Of one run, so that a row's number within it has 16 bits.
 _RUN_ROWS = 1 << 16
@@ -38,10 +38,6 @@ class Entries(NamedTuple):
     def stop(self) -> int:
         return self.first + len(self.offsets) - 1
 
-    def column(self, name: str) -> Int32:
-        """One column of records, see RECORD: int32 [nnz], a view."""
-        return self.records[:, RECORD.index(name)]
-
     def of_entry(self) -> Int64:
         """The feature of each entry, from 0 for the first: int64 [nnz]."""
         return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
@@ -52,6 +48,18 @@ class RowFeatures(NamedTuple):
 
     offsets: Int64
     features: UInt16 | Int32
+
+
+class RunRows(NamedTuple):
+    """The rows first_row <= row < first_row + n_rows on which some features are active.
+
+    offsets: int64 [n_features + 1], less the first one places in rows, which are from first_row.
+    """
+
+    first_row: int
+    n_rows: int
+    offsets: Int64
+    rows: UInt16
 
 
 class _Run(NamedTuple):
@@ -105,15 +113,25 @@ class EntrySpool:
         n, place = int(joined[-1]), joined[:-1].copy()
         rows, acts = np.empty(n, np.int32), np.empty(n, np.float32)
         records = np.empty((n, N_COLUMNS), np.int32)
-        with self._open("offsets") as offsets, self._open("rows") as r, self._open("acts") as a:
+        with self._open("acts") as file:
+            for run, found in zip(self._runs, self.runs_of(first, stop), strict=True):
+                begin = run.begin + int(found.offsets[0])
+                run_acts = _read(file, np.float32, begin, begin + len(found.rows))
+                near = _near(table, found)
+                join_run(
+                    found.offsets, found.rows, run_acts, run.first_row, near,
+                    place, rows, acts, records,
+                )  # fmt: skip
+        return Entries(first, joined, rows, acts, records)
+
+    def runs_of(self, first: int, stop: int) -> Iterator[RunRows]:
+        """The rows of the features first <= feature < stop, some rows of the text after others."""
+        with self._open("offsets") as of_offsets, self._open("rows") as of_rows:
             for number, run in enumerate(self._runs):
                 at = number * (self._d_sae + 1) + first
-                ends = _read(offsets, np.int64, at, at + stop - first + 1)
-                here = run.begin + int(ends[0]), run.begin + int(ends[-1])
-                run_rows, run_acts = _read(r, np.uint16, *here), _read(a, np.float32, *here)
-                near = _near(table, run, len(run_rows))
-                join_run(ends, run_rows, run_acts, run.first_row, near, place, rows, acts, records)
-        return Entries(first, joined, rows, acts, records)
+                offsets = _read(of_offsets, np.int64, at, at + stop - first + 1)
+                here = run.begin + int(offsets[0]), run.begin + int(offsets[-1])
+                yield RunRows(run.first_row, run.n_rows, offsets, _read(of_rows, np.uint16, *here))
 
     def by_row(self) -> RowFeatures:
         """The features of all rows, in their order."""
@@ -145,10 +163,10 @@ class EntrySpool:
         return (self._folder / name).open("rb")
 
 
-def _near(table: Int32, run: _Run, n_entries: int) -> Int32:
+def _near(table: Int32, run: RunRows) -> Int32:
     """A run's rows of a table: copied, and thereby in the cache, if many entries look there."""
     rows = table[run.first_row : run.first_row + run.n_rows]
-    return rows.copy() if n_entries > run.n_rows // 8 else rows
+    return rows.copy() if len(run.rows) > run.n_rows // 8 else rows
 
 
 def _read(file: BufferedReader, dtype: Any, first: int, stop: int) -> Any:

@@ -4,13 +4,14 @@ Counts of all pairs would grow with the text: of each feature some tokens, docum
 are kept, the most frequent ones, in every part of the text.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .sorting import Float32, Float64, Int32, Int64, UInt16, compiled
-from .spool import RowFeatures
+from .sorting import DOCUMENT, Float32, Float64, Int32, Int64, UInt16, compiled
+from .spool import RowFeatures, RunRows
 
 MOST_ROWS = 512
 """Of a feature's rows in a part that are looked at for the features beside it."""
@@ -53,7 +54,7 @@ def token_uses(
     counts = np.zeros((vocab_size, 2), np.int64)
     touched = np.empty(vocab_size + 1, np.uint32)
     is_kept = np.zeros(vocab_size // 64 + 1, np.uint64)
-    n_of_count = np.zeros(np.diff(offsets).max() + 1, np.int64)
+    n_of_count = np.zeros(len(tokens) + 1, np.int64)
     for feature in range(n_features):
         for place in range(len(most)):
             n_touched = 0
@@ -142,9 +143,9 @@ class DocumentUses(NamedTuple):
 
 @compiled
 def document_uses(
-    offsets: Int64, acts: Float32, fixed: Int64, documents: Int32, n: int
+    offsets: Int64, acts: Float32, fixed: Int64, records: Int32, n: int
 ) -> DocumentUses:
-    """The n documents of largest summed act; equal ones: the earlier. documents: of each entry."""
+    """The n documents of largest summed act; equal ones: the earlier. records: of each entry."""
     n_features = len(offsets) - 1
     best = np.full((n_features, n), -1, np.int64)
     n_active = np.zeros((n_features, n), np.int64)
@@ -153,8 +154,8 @@ def document_uses(
     for feature in range(n_features):
         i, stop, filled = offsets[feature], offsets[feature + 1], 0
         while i < stop:
-            document, its_sum, its_n, its_max = documents[i], np.int64(0), 0, acts[i]
-            while i < stop and documents[i] == document:
+            document, its_sum, its_n, its_max = records[i, DOCUMENT], np.int64(0), 0, acts[i]
+            while i < stop and records[i, DOCUMENT] == document:
                 its_sum += fixed[i]
                 its_max = max(its_max, acts[i])
                 its_n += 1
@@ -290,50 +291,68 @@ class NearMisses(NamedTuple):
     neighbors: Int64
 
 
-@compiled
 def near_misses(
-    first_feature: int,
-    neighbors: Int64,
-    top_rows: Int32,
-    by_row: RowFeatures,
-    before: Int32,
-    after: Int32,
-    n: int,
+    runs: Iterable[RunRows], neighbors: Int64, top_rows: Int32, spans: tuple[Int32, Int32], n: int
 ) -> NearMisses:
     """Each neighbour's strongest context, then each one's second, and so on, if the feature is
     active nowhere in it.
 
-    first_feature: the number of the first one of `neighbors`, int64 [n_features, some], nearest
-    first. top_rows: int32 [d_sae, some], the rows of the strongest contexts of every feature, -1
-    where there are fewer. before, after: `Spans` of the rows.
+    runs: all rows of the features. neighbors: int64 [n_features, some], nearest first. top_rows:
+    int32 [d_sae, some], the rows of the strongest contexts of every feature, -1 where there are
+    fewer. spans: `Spans` of the rows.
     """
-    n_features = len(neighbors)
-    found = NearMisses(
-        np.full((n_features, n), -1, np.int64), np.full((n_features, n), -1, np.int64)
-    )
-    for feature in range(n_features):
-        filled = 0
-        for rank in range(top_rows.shape[1]):
-            for neighbor in neighbors[feature]:
-                row = top_rows[neighbor, rank]
-                if row < 0 or filled == n:
-                    continue
-                is_new = True
-                for j in range(filled):
-                    is_new = is_new and found.rows[feature, j] != row
-                begin, end = by_row.offsets[row - before[row]], by_row.offsets[row + after[row] + 1]
-                if is_new and not _holds(by_row.features[begin:end], first_feature + feature):
-                    found.rows[feature, filled] = row
-                    found.neighbors[feature, filled] = neighbor
-                    filled += 1
-    return found
+    contexts = top_rows[neighbors].transpose(0, 2, 1).reshape(len(neighbors), -1)
+    is_active = contexts < 0
+    for run in runs:
+        _mark_active(*run, contexts, *spans, is_active)
+    return _first_silent(contexts, is_active, neighbors, n)
 
 
 @compiled
-def _holds(features: UInt16 | Int32, wanted: int) -> bool:
-    """Whether one of some features is the wanted one; with no way out, so that many are compared
-    at once."""
-    n = 0
-    for feature in features:
-        n += feature == wanted
-    return n > 0
+def _mark_active(
+    first_row: int,
+    n_rows: int,
+    offsets: Int64,
+    rows: UInt16,
+    contexts: Int32,
+    before: Int32,
+    after: Int32,
+    is_active: NDArray[np.bool_],
+) -> None:
+    """Mark the contexts, int32 [n_features, some], in which their feature is active in this run."""
+    for feature in range(len(contexts)):
+        begin, end = offsets[feature] - offsets[0], offsets[feature + 1] - offsets[0]
+        for place in range(contexts.shape[1]):
+            row = contexts[feature, place]
+            if row < 0 or begin == end:
+                continue
+            first, last = row - before[row] - first_row, row + after[row] - first_row
+            if last < 0 or first >= n_rows:
+                continue
+            low, high = begin, end
+            while low < high:
+                middle = (low + high) // 2
+                if rows[middle] < first:
+                    low = middle + 1
+                else:
+                    high = middle
+            is_active[feature, place] |= low < end and rows[low] <= last
+
+
+@compiled
+def _first_silent(
+    contexts: Int32, is_active: NDArray[np.bool_], neighbors: Int64, n: int
+) -> NearMisses:
+    n_features, n_neighbors = neighbors.shape
+    found = np.full((2, n_features, n), -1, np.int64)
+    for feature in range(n_features):
+        filled = 0
+        for place in range(contexts.shape[1]):
+            row, is_new = contexts[feature, place], not is_active[feature, place]
+            for j in range(filled):
+                is_new = is_new and found[0, feature, j] != row
+            if is_new and filled < n:
+                found[0, feature, filled] = row
+                found[1, feature, filled] = neighbors[feature, place % n_neighbors]
+                filled += 1
+    return NearMisses(found[0], found[1])

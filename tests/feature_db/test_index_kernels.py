@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,6 +73,16 @@ def test_entries_by_feature_keep_their_rows_in_order(entries: Entries) -> None:
     assert new_acts.tolist() == entries.acts.tolist()
 
 
+def spooled(entries: Entries, folder: Path, edges: tuple[int, ...]) -> spool.EntrySpool:
+    """edges: of the chunks."""
+    made = spool.EntrySpool(folder, D_SAE)
+    for begin, stop in pairwise(edges):
+        rows, features = np.nonzero(entries.dense.T[begin:stop])
+        acts = entries.dense[features, rows + begin]
+        made.add(np.bincount(rows, minlength=stop - begin), features, acts, begin)
+    return made
+
+
 @pytest.mark.parametrize("first", [0, 2])
 @pytest.mark.parametrize("run_rows", [1 << 16, 7])
 def test_chunks_by_feature_join_into_one_list(
@@ -80,11 +91,7 @@ def test_chunks_by_feature_join_into_one_list(
     """Whatever the chunks, the runs they are cut in, and the features asked for."""
     monkeypatch.setattr(spool, "_RUN_ROWS", run_rows)
     table = np.random.default_rng(1).integers(0, 99, (N_ROWS, N_COLUMNS)).astype(np.int32)
-    made = spool.EntrySpool(tmp_path, D_SAE)
-    for begin, stop in ((0, 20), (20, 21), (21, 21), (21, N_ROWS)):
-        rows, features = np.nonzero(entries.dense.T[begin:stop])
-        acts = entries.dense[features, rows + begin]
-        made.add(np.bincount(rows, minlength=stop - begin), features, acts, begin)
+    made = spooled(entries, tmp_path, (0, 20, 21, 21, N_ROWS))
     found, start = made.of_features(first, D_SAE, table), entries.offsets[first]
     assert made.n_active.tolist() == np.diff(entries.offsets).tolist()
     assert found.offsets.tolist() == (entries.offsets[first:] - start).tolist()
@@ -100,9 +107,7 @@ def test_chunks_by_feature_join_into_one_list(
 def test_slices_cover_all_features_within_bounds(
     entries: Entries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = spool.EntrySpool(tmp_path, D_SAE)
-    rows, features = np.nonzero(entries.dense.T)
-    made.add(np.bincount(rows, minlength=N_ROWS), features, entries.dense[features, rows], 0)
+    made = spooled(entries, tmp_path, (0, N_ROWS))
     for most in (1, int(made.n_active[:2].sum()), 10**6):
         monkeypatch.setattr(spool, "_SLICE_ENTRIES", most)
         for begin, end in ((0, D_SAE), (1, 4)):
@@ -169,6 +174,16 @@ def test_acts_around_are_those_within_reach(entries: Entries) -> None:
         assert list(zip(found.steps[mine], found.acts[mine], strict=True)) == expected
 
 
+def records_of(
+    documents: "np.ndarray[Any, Any]",
+    positions: "np.ndarray[Any, Any]",
+    bins: "np.ndarray[Any, Any]",
+) -> "np.ndarray[Any, np.dtype[np.int32]]":
+    """Records of which these columns alone matter."""
+    columns = [np.full(len(documents), -7)] * 3 + [documents, positions, bins]
+    return np.stack(columns, axis=1).astype(np.int32)
+
+
 def test_totals_equal_those_of_dense_acts(entries: Entries) -> None:
     positions = (np.arange(N_ROWS) % 7).astype(np.int32)
     scales = Scales.of(10.0)
@@ -177,9 +192,7 @@ def test_totals_equal_those_of_dense_acts(entries: Entries) -> None:
         entries.offsets,
         entries.acts,
         fixed,
-        positions[entries.rows],
-        position_bins(positions)[entries.rows].astype(np.int32),
-        entries.documents[entries.rows].astype(np.int32),
+        records_of(entries.documents, positions, position_bins(positions))[entries.rows],
         scales,
     )
     dense, is_active = entries.dense.astype(np.float64), entries.dense > 0
@@ -207,9 +220,7 @@ def test_every_act_lies_in_its_bin(act: float) -> None:
         np.array([0, 1]),
         np.array([act], np.float32),
         one.astype(np.int64),
-        one,
-        one,
-        one,
+        records_of(one, one, one),
         Scales.of(1),
     )
     (number,) = np.flatnonzero(totals.histogram[0])
@@ -234,9 +245,7 @@ def test_quantiles_from_a_histogram_come_near_the_exact_ones() -> None:
         np.array([0, 4000]),
         acts,
         rows.astype(np.int64),
-        rows,
-        rows % N_POSITION_BINS,
-        rows,
+        records_of(rows, rows, rows % N_POSITION_BINS),
         Scales.of(100.0),
     )
     exact = np.argsort(np.argsort(acts)) / 4000
@@ -267,9 +276,9 @@ def test_token_uses_are_the_most_frequent_pairs(
 
 def test_document_uses_are_those_of_largest_sum(entries: Entries) -> None:
     fixed = (entries.acts * 2).astype(np.int64)
-    found = document_uses(
-        entries.offsets, entries.acts, fixed, entries.documents[entries.rows].astype(np.int32), 3
-    )
+    nothing = np.zeros(N_ROWS)
+    records = records_of(entries.documents, nothing, nothing)[entries.rows]
+    found = document_uses(entries.offsets, entries.acts, fixed, records, 3)
     for feature in range(D_SAE):
         acts = entries.dense[feature] * 2
         sums = {d: acts[entries.documents == d] for d in set(entries.documents.tolist())}
@@ -308,12 +317,15 @@ def test_companions_are_active_on_the_same_rows(entries: Entries) -> None:
         assert found.n_both[feature - 2, : len(order)].tolist() == both[feature, order].tolist()
 
 
-def test_near_misses_are_contexts_of_neighbors_without_the_feature(entries: Entries) -> None:
+def test_near_misses_are_contexts_of_neighbors_without_the_feature(
+    entries: Entries, tmp_path: Path
+) -> None:
     reach = np.arange(N_ROWS, dtype=np.int32)
     before, after = np.minimum(reach, 2), np.minimum(reach[::-1], 1)
     top = np.array([greedy(acts, 4, 0) for acts in entries.dense], np.int32)
     neighbors = np.array([[g for g in range(D_SAE) if g != f][:2] for f in range(D_SAE)])
-    found = near_misses(0, neighbors, top, by_row(entries), before, after, 5)
+    runs = spooled(entries, tmp_path, (0, 20, 21, N_ROWS)).runs_of(0, D_SAE)
+    found = near_misses(runs, neighbors, top, (before, after), 5)
     n_found = 0
     for feature in range(D_SAE):
         expected: list[tuple[int, int]] = []
