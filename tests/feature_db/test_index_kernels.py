@@ -317,6 +317,24 @@ def test_companions_are_active_on_the_same_rows(entries: Entries) -> None:
         assert found.n_both[feature - 2, : len(order)].tolist() == both[feature, order].tolist()
 
 
+def test_more_features_than_16_bits_tell_apart(entries: Entries, tmp_path: Path) -> None:
+    d_sae, wide = 70_000, np.array([0, 5, 65_535, 65_536, 69_999])
+    rows, features = np.nonzero(entries.dense.T)
+    made = spool.EntrySpool(tmp_path, d_sae)
+    acts = entries.dense[features, rows]
+    made.add(np.bincount(rows, minlength=N_ROWS), wide[features], acts, 0)
+    assert made.by_row().features.tolist() == wide[features].tolist()
+    assert made.n_active[wide].tolist() == np.diff(entries.offsets).tolist()
+    last = made.of_features(65_536, d_sae, np.zeros((N_ROWS, N_COLUMNS), np.int32))
+    found = companions(last.offsets, last.rows, 65_536, made.by_row(), made.n_active, 4)
+    for place, feature in ((0, 3), (-1, 4)):
+        both = ((entries.dense[feature] > 0) & (entries.dense > 0)).sum(1)
+        expected = {int(wide[g]): int(both[g]) for g in range(D_SAE) if g != feature and both[g]}
+        kept = found.others[place] >= 0
+        pairs = zip(found.others[place][kept], found.n_both[place][kept], strict=True)
+        assert {int(other): int(n) for other, n in pairs} == expected
+
+
 def test_near_misses_are_contexts_of_neighbors_without_the_feature(
     entries: Entries, tmp_path: Path
 ) -> None:
