@@ -10,7 +10,7 @@ from pathlib import Path
 
 import duckdb
 
-from .indexing.parts import PARTS_SUFFIX
+from .indexing.parts import parts_folder
 
 # Measured on real codes: feature, document, position and act after compression.
 BYTES_AN_ACTIVATION = 8
@@ -30,11 +30,6 @@ def activations_view(connection: duckdb.DuckDBPyConnection, path: Path) -> str |
             names = ", ".join("'" + str(file).replace("'", "''") + "'" for file in files)
             selects.append(f"SELECT {sae_id} AS sae_id, * FROM read_parquet([{names}])")
     return f"CREATE TEMP VIEW activations AS {' UNION ALL '.join(selects)}" if selects else None
-
-
-def parts_folder(path: Path) -> Path:
-    """Where the parts of a database lie."""
-    return path.with_name(path.name + PARTS_SUFFIX)
 
 
 def _files(path: Path, weights_hash: str, n_rows: int) -> list[Path]:

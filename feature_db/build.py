@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import duckdb
 
@@ -25,7 +25,7 @@ from .errors import DatabaseExistsError, IndexingError
 from .explanations import carry_explanations
 from .indexing.collect import Collector
 from .indexing.directions import NearestFeatures
-from .indexing.parts import PARTS_SUFFIX, PartRange, PartsFolder, part_settings, take_lock
+from .indexing.parts import PartRange, PartsFolder, part_settings, parts_folder, take_lock
 from .indexing.text_rows import TextRows
 from .indexing.write import SAERows, Writer, sae_row
 from .inputs import IndexedSAE, check_fit, identity_hash, resolve_saes
@@ -74,17 +74,19 @@ def build_index(
     indexed = resolve_saes(saes, cache)
     check_fit(lm, indexed, cache)
     identity = identity_hash(lm, indexed, cache, config)
-    folder = path.with_name(path.name + PARTS_SUFFIX)
+    folder = parts_folder(path)
+    found = _MadeFrom.read(path)
+    is_extended = found is not None and found.is_part_of(indexed, config)
     if path.exists():
-        if _identity_of(path) == identity:
+        if found is not None and found.identity == identity:
             return path
-        if not overwrite and not (folder.is_dir() and _is_extended(path, indexed, config)):
+        if not overwrite and not (folder.is_dir() and is_extended):
             raise DatabaseExistsError(
                 f"{path} exists and was made from something else: pass overwrite=True to replace "
                 "it, or another out"
             )
     with _building_folder(path) as building:
-        if overwrite and not _is_extended(path, indexed, config):
+        if overwrite and not is_extended:
             shutil.rmtree(folder, ignore_errors=True)
         text = _Text(
             lm, cache, indexed, PartsFolder(folder, [Path(each) for each in parts]), config
@@ -149,6 +151,7 @@ class _Text:
         self._norms = norms | {name: float(norm) for name, norm in found.items()}
         self._cache = cache.with_max_norms(self._norms)
         self._ranges = parts.ranges(cache, config.part_rows)
+        self._sources: dict[tuple[PartRange, str], str] = {}
 
     def count(self, on_progress: OnProgress, rank: int = 0, world_size: int = 1) -> None:
         """Count the parts that aren't there yet; of several processes, this one's share."""
@@ -168,7 +171,7 @@ class _Text:
             for part in mine:
                 missing = [each for each in saes if self._counted(part, each) is None]
                 if missing:
-                    collector.make(part, hookpoint, missing)
+                    collector.make(part, self._source(part, hookpoint), hookpoint, missing)
                 else:
                     on_rows(part.stop - part.first)
 
@@ -190,8 +193,13 @@ class _Text:
             writer.write_documents(self._cache.sources)
 
     def _counted(self, part: PartRange, sae: IndexedSAE) -> Path | None:
-        source = self._cache.rows_hash(sae.hookpoint, part.shards)
-        return self._parts.of(part, sae.weights_hash, source)
+        return self._parts.of(part, sae.weights_hash, self._source(part, sae.hookpoint))
+
+    def _source(self, part: PartRange, hookpoint: str) -> str:
+        """The hash of a part's rows, computed once."""
+        if (part, hookpoint) not in self._sources:
+            self._sources[part, hookpoint] = self._cache.rows_hash(hookpoint, part.shards)
+        return self._sources[part, hookpoint]
 
 
 def _carry(path: Path, connection: duckdb.DuckDBPyConnection) -> None:
@@ -201,16 +209,29 @@ def _carry(path: Path, connection: duckdb.DuckDBPyConnection) -> None:
             carry_explanations(old, connection)
 
 
-def _is_extended(path: Path, saes: Sequence[IndexedSAE], config: IndexConfig) -> bool:
-    """Whether a database holds some of these SAEs, at the same places, with the same options."""
-    try:
-        with duckdb.connect(str(path), read_only=True) as connection:
-            rows = connection.execute("SELECT sae_id, weights_hash FROM saes").fetchall()
-            same = get_meta(connection, "config") == json.dumps(config.identity())
-    except duckdb.Error:
-        return False
-    wanted = {(each.sae_id, each.weights_hash) for each in saes}
-    return same and {(int(number), digest) for number, digest in rows} <= wanted
+class _MadeFrom(NamedTuple):
+    """What a database was made from. config: as JSON. saes: (sae_id, weights_hash) of each."""
+
+    identity: str | None
+    config: str | None
+    saes: set[tuple[int, str]]
+
+    @classmethod
+    def read(cls, path: Path) -> "_MadeFrom | None":
+        """None for a file that is no such database, and where there is none."""
+        try:
+            with duckdb.connect(str(path), read_only=True) as connection:
+                rows = connection.execute("SELECT sae_id, weights_hash FROM saes").fetchall()
+                saes = {(int(number), digest) for number, digest in rows}
+                identity, options = (get_meta(connection, name) for name in ("identity", "config"))
+                return cls(identity, options, saes)
+        except duckdb.Error:
+            return None
+
+    def is_part_of(self, saes: Sequence[IndexedSAE], config: IndexConfig) -> bool:
+        """Whether it holds some of these SAEs, at the same places, with the same options."""
+        wanted = {(each.sae_id, each.weights_hash) for each in saes}
+        return self.config == json.dumps(config.identity()) and self.saes <= wanted
 
 
 def _write_meta(
@@ -228,15 +249,6 @@ def _by_hookpoint(saes: Sequence[IndexedSAE]) -> list[IndexedSAE]:
     """SAEs of one hookpoint beside each other, so that they share one pass."""
     first = {each.hookpoint: i for i, each in reversed(list(enumerate(saes)))}
     return sorted(saes, key=lambda each: (first[each.hookpoint], each.sae_id))
-
-
-def _identity_of(path: Path) -> str | None:
-    """The identity that a database was made with; None for a file that is no such database."""
-    try:
-        with duckdb.connect(str(path), read_only=True) as connection:
-            return get_meta(connection, "identity")
-    except duckdb.Error:
-        return None
 
 
 @contextmanager

@@ -21,8 +21,8 @@ _OF_PARTS = {
 class IndexConfig(BaseModel):
     """Options of `build_index`.
 
-    Memory while building, beside one chunk: 4 bytes an activation of a part, and what one bucket
-    of 1,024 features takes. Disk while a part is counted: 12 bytes an activation of it.
+    Memory while building, beside one chunk: 2 bytes an activation of a part (4 with more than
+    65,536 features), and 100 MB. Disk while a part is counted: 8 bytes an activation of it (10).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

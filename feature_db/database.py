@@ -15,7 +15,7 @@ import xxhash
 
 from sae import SAE
 
-from .activations import activations_view, parts_folder
+from .activations import activations_view
 from .active import ActiveFeatures, active_features, text_codes
 from .errors import DatabaseBusyError, LabelError, NotFoundError, OpenError, QueryError
 from .explanations import (
@@ -28,6 +28,7 @@ from .explanations import (
 )
 from .feature import Feature, load_feature
 from .feature_set import FeatureSet, Frame
+from .indexing.parts import parts_folder
 from .inputs import weights_hash
 from .label_file import LabelRow
 from .result import Result

@@ -17,7 +17,8 @@ from rich.console import Console
 
 from activation_cache import ActivationCache, LanguageModel
 from feature_db import FeatureDB, IndexConfig, IndexProgress, build_index, index_parts
-from feature_db.activations import BYTES_AN_ACTIVATION, parts_folder
+from feature_db.activations import BYTES_AN_ACTIVATION
+from feature_db.indexing.parts import parts_folder
 from sae import SAE
 
 from .progress import StageProgress, print_heading, print_made

@@ -51,17 +51,20 @@ def best_entries(
 
 
 @compiled
-def sample_scores(offsets: Int64, first_feature: int, rows: Int64, seed: int) -> Int64:
+def sample_scores(
+    offsets: Int64, first_feature: int, rows: Int32 | Int64, first_row: int, seed: int
+) -> Int64:
     """Scores of entries that are uniform and depend on (seed, feature, row) alone: int64 [nnz].
 
-    first_feature: the number of the first one of `offsets`. rows: int64 [nnz], of the whole text.
+    first_feature: the number of the first one of `offsets`. rows: [nnz], from first_row of the
+    text.
     Source: the finaliser of SplitMix64 (Steele, Lea and Flood 2014, OOPSLA, figure 17).
     """
     scores = np.empty(len(rows), np.int64)
     for feature in range(len(offsets) - 1):
         salt = np.uint64(first_feature + feature + (seed << 32)) * np.uint64(0xD1B54A32D192ED03)
         for i in range(offsets[feature], offsets[feature + 1]):
-            x = np.uint64(rows[i]) * np.uint64(0x9E3779B97F4A7C15) + salt
+            x = np.uint64(rows[i] + first_row) * np.uint64(0x9E3779B97F4A7C15) + salt
             x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             scores[i] = np.int64(x >> np.uint64(32))

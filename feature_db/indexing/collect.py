@@ -10,18 +10,17 @@ import numpy as np
 import torch
 
 from sae.atomic_files import fsync
-from sae.kernels import kernels_of
 
 from ..config import IndexConfig
 from ..inputs import IndexedSAE
 from .counting import Counting, write_counts
-from .directions import NearestFeatures
+from .directions import NearestFeatures, fastest_on
 from .part_files import PartWriter
 from .parts import PartRange, PartRecord, PartsFolder
 from .sorting import Float32, Int64
 from .spool import EntrySpool
 from .statistics import N_POSITION_BINS, Scales, position_bins
-from .text_rows import PartRows, rows_of
+from .text_rows import PartRows, RowRecords, rows_of
 
 if TYPE_CHECKING:
     from activation_cache import ActivationCache, Chunk
@@ -106,15 +105,17 @@ class Collector:
         self._vocab_size, self._on_rows = vocab_size, on_rows
         self._nearest = nearest
 
-    def make(self, part: PartRange, hookpoint: str, saes: Sequence[IndexedSAE]) -> None:
-        """Count one part for SAEs of one hookpoint."""
+    def make(
+        self, part: PartRange, source: str, hookpoint: str, saes: Sequence[IndexedSAE]
+    ) -> None:
+        """Count one part for SAEs of one hookpoint. source: hash of its rows."""
         with self._parts.making(part, [each.weights_hash for each in saes]) as folders:
             counted = [SAEPart(*each) for each in zip(saes, folders, strict=True)]
             rows = self._read(part, hookpoint, counted)
             rows.save(self._parts.folder / part.name)
-            source = self._cache.rows_hash(hookpoint, part.shards)
+            records = rows.records()
             for each in counted:
-                record = each.write(self._counting(rows, each.indexed, hookpoint))
+                record = each.write(self._counting(rows, records, each.indexed, hookpoint))
                 self._parts.commit(each.folder, record._replace(source=source))
 
     def _read(self, part: PartRange, hookpoint: str, counted: Sequence[SAEPart]) -> PartRows:
@@ -126,11 +127,13 @@ class Collector:
             self._on_rows(len(chunk.token_ids))
         return PartRows.joined(rows)
 
-    def _counting(self, rows: PartRows, indexed: IndexedSAE, hookpoint: str) -> Counting:
+    def _counting(
+        self, rows: PartRows, records: RowRecords, indexed: IndexedSAE, hookpoint: str
+    ) -> Counting:
         limit = min(self._cache.max_norm(hookpoint), indexed.sae.max_norm)
         return Counting(
             rows,
-            rows.records(),
+            records,
             indexed.sae.d_sae,
             self._vocab_size,
             Scales.of(limit),
@@ -141,10 +144,8 @@ class Collector:
 
 @contextmanager
 def _fastest_kernels(sae: "SAE") -> Iterator[None]:
-    """On the CPU encode with what trains fastest there: it chooses the same features."""
     own = sae.kernels
-    if sae.W_enc.device.type == "cpu":
-        sae.kernels = kernels_of("auto", "auto", "cpu")
+    sae.kernels = fastest_on(sae.W_enc.device, own)
     try:
         yield
     finally:

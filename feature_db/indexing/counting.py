@@ -1,10 +1,10 @@
 """One part of a text -> its files: everything about every feature of one SAE, on these rows.
 
-Two passes over the spooled entries, a bucket of features at a time: first what a feature does by
-itself; then, when all features' strongest rows and counts are known, what it does beside others.
+One pass over the spooled entries, some features at a time; then, when all features' strongest rows
+are known, their near misses.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,9 +12,9 @@ import pyarrow as pa
 
 from ..config import IndexConfig
 from .best_rows import acts_around, best_entries, sample_scores
-from .part_files import BUCKET, Columns, PartWriter
-from .sorting import Float32, Int32, Int64
-from .spool import Entries, EntrySpool, buckets
+from .part_files import Columns, PartWriter, buckets
+from .sorting import DOCUMENT, Float32, Int32, Int64
+from .spool import Entries, EntrySpool, RowFeatures
 from .statistics import FeatureTotals, Scales, feature_totals, fixed_acts
 from .text_rows import PartRows, RowRecords
 from .uses import companions, document_uses, near_misses, token_uses
@@ -27,8 +27,7 @@ CANDIDATES = 2
 # Strongest contexts of a neighbour in which a feature may be silent.
 _CONTEXTS_OF_NEIGHBORS = 4
 # Kept of each feature in each part; what is shown is chosen from them.
-_TOKEN_COLUMNS = {PREVIOUS: "previous", CURRENT: "token", FOLLOWING: "following"}
-MOST_TOKENS = {PREVIOUS: 64, CURRENT: 128, FOLLOWING: 64}
+MOST_TOKENS = np.array([64, 128, 64])  # PREVIOUS, CURRENT, FOLLOWING
 MOST_DOCUMENTS = 16
 MOST_COMPANIONS = 32
 
@@ -50,86 +49,64 @@ class Counting(NamedTuple):
 
 
 class Strongest(NamedTuple):
-    """Of every feature, for its neighbours: n_active int64 [d_sae]; rows int32 and acts float32 of
-    its strongest contexts [d_sae, n]; rows are -1 where there are fewer."""
+    """Of every feature, for its neighbours: rows int32 and acts float32 of its strongest contexts
+    [d_sae, n]; rows are -1 where there are fewer."""
 
-    n_active: Int64
     rows: Int32
     acts: Float32
+
+    def put(self, entries: Entries, top: Int64) -> None:
+        """top: int64 [n_features, n], places of the strongest entries, -1 where there are fewer."""
+        part, some = slice(entries.first, entries.stop), top[:, : self.rows.shape[1]]
+        if len(entries.rows):
+            chosen, n = np.maximum(some, 0), some.shape[1]
+            self.rows[part, :n] = np.where(some >= 0, entries.rows[chosen], -1)
+            self.acts[part, :n] = np.where(some >= 0, entries.acts[chosen], 0)
 
 
 def write_counts(counting: Counting, spool: EntrySpool, writer: PartWriter) -> None:
     """Count all features."""
-    d_sae, n = counting.d_sae, _CONTEXTS_OF_NEIGHBORS
-    strongest = Strongest(
-        np.zeros(d_sae, np.int64),
-        np.full((d_sae, n), -1, np.int32),
-        np.zeros((d_sae, n), np.float32),
-    )
-    for first, stop in buckets(d_sae, BUCKET):
-        entries = spool.of_features(first, stop)
-        _write_alone(counting, entries, strongest, writer)
+    shape = counting.d_sae, _CONTEXTS_OF_NEIGHBORS
+    strongest = Strongest(np.full(shape, -1, np.int32), np.zeros(shape, np.float32))
     by_row = spool.by_row()
-    for first, stop in buckets(d_sae, BUCKET):
-        entries = spool.of_features(first, stop)
-        _write_beside(counting, entries, strongest, by_row, writer)
+    for first, stop in buckets(counting.d_sae):
+        for one_slice in spool.slices(first, stop):
+            entries = spool.of_features(*one_slice, counting.records.table)
+            top = _top(counting, entries)
+            strongest.put(entries, top)
+            for table, columns in _tables(counting, entries, top, spool.n_active, by_row):
+                writer.write(table, columns)
+        writer.end_bucket()
+    for first, stop in buckets(counting.d_sae):
+        writer.write("near_misses", _near_miss_columns(counting, spool, first, stop, strongest))
+        writer.end_bucket()
 
 
-class _Bucket(NamedTuple):
-    """Entries of some features, with what is known of their rows, by column of ENTRY_COLUMNS."""
-
-    entries: Entries
-    fixed: Int64
-    rows: dict[str, Int32]
-
-
-def _write_alone(
-    counting: Counting, entries: Entries, strongest: Strongest, writer: PartWriter
-) -> None:
-    fixed = fixed_acts(entries.acts, counting.scales.act)
-    bucket = _Bucket(entries, fixed, counting.records.of_entries(entries.rows))
-    totals = _totals(counting, bucket)
-    writer.write("totals", _totals_columns(entries.first, totals))
+def _tables(
+    counting: Counting, entries: Entries, top: Int64, n_active: Int64, by_row: RowFeatures
+) -> Iterator[tuple[str, Columns]]:
+    """(table, its rows) of some features. top: places of their strongest entries."""
+    fixed, first = fixed_acts(entries.acts, counting.scales.act), entries.first
+    totals = _totals(counting, entries, fixed)
+    yield "totals", _totals_columns(first, totals)
     for name, counts in (("histogram", totals.histogram), ("positions", totals.positions)):
         features, bins = np.nonzero(counts)
-        columns = {"bin": bins, "n": counts[features, bins]}
-        writer.write(name, _columns(entries.first + features, columns))
-    writer.write("tokens", _token_columns(counting, bucket))
-    writer.write("documents", _document_columns(counting, bucket))
-    top = _top(counting, bucket)
-    writer.write("contexts", _context_columns(counting, entries, top, _sample(counting, entries)))
+        yield name, _columns(first + features, {"bin": bins, "n": counts[features, bins]})
+    yield "tokens", _token_columns(counting, entries, fixed)
+    yield "documents", _document_columns(counting, entries, fixed)
+    yield "contexts", _context_columns(counting, entries, top, _sample(counting, entries))
+    yield "companions", _companion_columns(entries, n_active, by_row)
     if counting.config.keep_activations:
-        writer.write("activations", _activation_columns(counting, entries))
-    part = slice(entries.first, entries.first + len(top))
-    strongest.n_active[part] = totals.n_active
-    some = top[:, :_CONTEXTS_OF_NEIGHBORS]
-    chosen, n = np.maximum(some, 0), some.shape[1]
-    if len(entries.rows):
-        strongest.rows[part, :n] = np.where(some >= 0, entries.rows[chosen], -1)
-        strongest.acts[part, :n] = np.where(some >= 0, entries.acts[chosen], 0)
+        yield "activations", _activation_columns(counting, entries)
 
 
-def _write_beside(
-    counting: Counting,
-    entries: Entries,
-    strongest: Strongest,
-    by_row: tuple[Int64, Int32],
-    writer: PartWriter,
-) -> None:
-    rows, first = counting.rows, entries.first
-    found = companions(
-        entries.offsets, entries.rows, first, *by_row, strongest.n_active, MOST_COMPANIONS
-    )
-    features, places = np.nonzero(found.others >= 0)
-    columns: dict[str, Any] = {
-        "other_id": found.others[features, places],
-        "n_both": found.n_both[features, places],
-    }
-    writer.write("companions", _columns(first + features, columns))
-    near = counting.neighbors[first : first + len(entries.offsets) - 1]
-    missed = near_misses(
-        entries.offsets, entries.rows, near, strongest.rows, rows.spans, counting.config.n_negatives
-    )
+def _near_miss_columns(
+    counting: Counting, spool: EntrySpool, first: int, stop: int, strongest: Strongest
+) -> Columns:
+    """Rows of "near_misses" of the features first <= feature < stop."""
+    rows, near = counting.rows, counting.neighbors[first:stop]
+    n, runs = counting.config.n_negatives, spool.runs_of(first, stop)
+    missed = near_misses(runs, near, strongest.rows, rows.spans, n)
     features, places = np.nonzero(missed.rows >= 0)
     local, neighbors = missed.rows[features, places], missed.neighbors[features, places]
     is_its = strongest.rows[neighbors] == local[:, None]
@@ -140,20 +117,24 @@ def _write_beside(
         "before": rows.spans.before[local],
         "after": rows.spans.after[local],
     }
-    writer.write("near_misses", _columns(first + features, misses))
+    return _columns(first + features, misses)
 
 
-def _totals(counting: Counting, bucket: _Bucket) -> FeatureTotals:
-    entries, rows, doc_ids = bucket.entries, bucket.rows, counting.records.doc_ids
-    totals = feature_totals(
-        entries.offsets,
-        entries.acts,
-        bucket.fixed,
-        rows["position"],
-        rows["position_bin"],
-        rows["document"],
-        counting.scales,
-    )
+def _companion_columns(entries: Entries, n_active: Int64, by_row: RowFeatures) -> Columns:
+    """Rows of "companions"."""
+    first = entries.first
+    found = companions(entries.offsets, entries.rows, first, by_row, n_active, MOST_COMPANIONS)
+    features, places = np.nonzero(found.others >= 0)
+    columns: dict[str, Any] = {
+        "other_id": found.others[features, places],
+        "n_both": found.n_both[features, places],
+    }
+    return _columns(first + features, columns)
+
+
+def _totals(counting: Counting, entries: Entries, fixed: Int64) -> FeatureTotals:
+    doc_ids = counting.records.doc_ids
+    totals = feature_totals(entries.offsets, entries.acts, fixed, entries.records, counting.scales)
     first, last = (
         np.where(place < 0, -1, doc_ids[place])
         for place in (totals.first_document, totals.last_document)
@@ -161,21 +142,15 @@ def _totals(counting: Counting, bucket: _Bucket) -> FeatureTotals:
     return totals._replace(first_document=first, last_document=last)
 
 
-def _top(counting: Counting, bucket: _Bucket) -> Int64:
-    config, entries = counting.config, bucket.entries
-    return best_entries(
-        entries.offsets,
-        entries.acts,
-        bucket.rows["document"],
-        CANDIDATES * config.n_top,
-        config.max_per_document,
-    )
+def _top(counting: Counting, entries: Entries) -> Int64:
+    n, limit = CANDIDATES * counting.config.n_top, counting.config.max_per_document
+    return best_entries(entries.offsets, entries.acts, entries.records[:, DOCUMENT], n, limit)
 
 
 def _sample(counting: Counting, entries: Entries) -> Int64:
-    config, rows = counting.config, entries.rows.astype(np.int64) + counting.rows.first_row
-    scores = sample_scores(entries.offsets, entries.first, rows, config.seed)
-    return best_entries(entries.offsets, scores, rows, config.quantile_sample, 0)
+    config, rows, first_row = counting.config, entries.rows, counting.rows.first_row
+    scores = sample_scores(entries.offsets, entries.first, rows, first_row, config.seed)
+    return best_entries(entries.offsets, scores, scores, config.quantile_sample, 0)
 
 
 def _context_columns(counting: Counting, entries: Entries, top: Int64, sample: Int64) -> Columns:
@@ -212,33 +187,22 @@ def _totals_columns(first: int, totals: FeatureTotals) -> Columns:
     return _columns(first + alive, {name: getattr(totals, name)[alive] for name in names})
 
 
-def _token_columns(counting: Counting, bucket: _Bucket) -> Columns:
-    entries = bucket.entries
-    uses = {
-        place: token_uses(
-            entries.offsets,
-            bucket.fixed,
-            bucket.rows[column],
-            counting.vocab_size,
-            MOST_TOKENS[place],
-        )
-        for place, column in _TOKEN_COLUMNS.items()
+def _token_columns(counting: Counting, entries: Entries, fixed: Int64) -> Columns:
+    """Rows of "tokens"."""
+    vocab_size = counting.vocab_size
+    uses = token_uses(entries.offsets, fixed, entries.records, vocab_size, MOST_TOKENS)
+    columns = {
+        "place": uses.places + PREVIOUS,
+        "token_id": uses.token_ids,
+        "n_active": uses.n_active,
+        "act_sum": uses.act_sums,
     }
-    place = np.repeat(list(uses), [len(each.features) for each in uses.values()])
-    features, token_ids, n_active, act_sums = (
-        np.concatenate(column) for column in zip(*uses.values(), strict=True)
-    )
-    order = np.argsort(features, kind="stable")
-    columns = {"place": place, "token_id": token_ids, "n_active": n_active, "act_sum": act_sums}
-    taken = {name: values[order] for name, values in columns.items()}
-    return _columns(entries.first + features[order], taken)
+    return _columns(entries.first + uses.features, columns)
 
 
-def _document_columns(counting: Counting, bucket: _Bucket) -> Columns:
-    entries = bucket.entries
-    found = document_uses(
-        entries.offsets, entries.acts, bucket.fixed, bucket.rows["document"], MOST_DOCUMENTS
-    )
+def _document_columns(counting: Counting, entries: Entries, fixed: Int64) -> Columns:
+    """Rows of "documents"."""
+    found = document_uses(entries.offsets, entries.acts, fixed, entries.records, MOST_DOCUMENTS)
     features, places = np.nonzero(found.documents >= 0)
     columns = {
         "doc_id": counting.records.doc_ids[found.documents[features, places]],

@@ -14,7 +14,7 @@ import pyarrow as pa
 from ..config import IndexConfig
 from .best_rows import best_entries, sample_scores
 from .counting import CANDIDATES, SAMPLE, TOP
-from .part_files import BUCKET, PartReader
+from .part_files import BUCKET, PartReader, buckets
 from .sorting import Float32, Int64
 from .statistics import N_BINS, N_POSITION_BINS, FeatureTotals
 from .text_rows import TextRows, flat_spans, rank_in_run
@@ -115,6 +115,13 @@ class MergedBucket:
         self.first, self.stop = first, stop
         self._parts, self._bucket = parts, first // BUCKET
 
+    def n_active(self) -> Int64:
+        """Rows on which each feature is active, of `totals` this alone: int64 [n_features]."""
+        n_active = np.zeros(self.stop - self.first, np.int64)
+        for table in self._tables("totals"):
+            n_active[table["feature_id"].to_numpy() - self.first] += table["n_active"].to_numpy()
+        return n_active
+
     def totals(self) -> FeatureTotals:
         """Sums over all parts."""
         n = self.stop - self.first
@@ -144,21 +151,22 @@ class MergedBucket:
         """Counts of the tokens at a place: CURRENT, PREVIOUS or FOLLOWING."""
         rows = pa.concat_tables(self._tables("tokens"))
         rows = rows.filter(pa.array(rows["place"].to_numpy() == place))
-        return TokenCounts(*self._added(rows, "token_id", ("n_active", "act_sum")))
+        order = self._order(rows, "token_id")
+        return TokenCounts(*_added(rows, order, ("n_active", "act_sum")))
 
     def documents(self) -> DocumentCounts:
         """Counts of the documents that were kept."""
         rows = pa.concat_tables(self._tables("documents"))
-        features, doc_ids, n, sums = self._added(rows, "doc_id", ("n_active", "act_sum"))
-        order = _order(rows["feature_id"].to_numpy() - self.first, rows["doc_id"].to_numpy())
+        order = self._order(rows, "doc_id")
         acts = rows["max_act"].to_numpy()[order.places]
         highest = np.maximum.reduceat(acts, order.starts) if len(acts) else acts
-        return DocumentCounts(features, doc_ids, n, sums, highest)
+        features, doc_ids, n_active, act_sums = _added(rows, order, ("n_active", "act_sum"))
+        return DocumentCounts(features, doc_ids, n_active, act_sums, highest)
 
     def companions(self) -> PairCounts:
         """Counts of the pairs that were kept."""
         rows = pa.concat_tables(self._tables("companions"))
-        return PairCounts(*self._added(rows, "other_id", ("n_both",)))
+        return PairCounts(*_added(rows, self._order(rows, "other_id"), ("n_both",)))
 
     def near_misses(self, n: int) -> NearMissRows:
         """The first n of each feature: every part's first, by act, then every part's second."""
@@ -196,7 +204,7 @@ class MergedBucket:
     def _sampled(self, rows: ContextRows, config: IndexConfig) -> ContextRows:
         rows = rows.take(np.lexsort((rows.rows, rows.features)))
         offsets = self._offsets(rows.features)
-        scores = sample_scores(offsets, self.first, rows.rows, config.seed)
+        scores = sample_scores(offsets, self.first, rows.rows, 0, config.seed)
         best = best_entries(offsets, scores, rows.rows, config.quantile_sample, 0)
         return rows.take(best[best >= 0])
 
@@ -214,30 +222,33 @@ class MergedBucket:
             counts[features, rows["bin"].to_numpy()] += rows["n"].to_numpy()
         return counts
 
-    def _added(self, rows: pa.Table, key: str, summed: Sequence[str]) -> list[Int64]:
-        """Columns feature, key and sums, a row each for equal (feature, key)."""
+    def _order(self, rows: pa.Table, key: str) -> "_Order":
+        """Rows by (feature, key)."""
         features = rows["feature_id"].to_numpy().astype(np.int64) - self.first
         keys = rows[key].to_numpy().astype(np.int64)
-        order = _order(features, keys)
-        firsts = order.places[order.starts]
-        sums = (rows[name].to_numpy()[order.places] for name in summed)
-        added = (np.add.reduceat(each, order.starts) if len(each) else each for each in sums)
-        return [features[firsts], keys[firsts], *added]
+        places = np.lexsort((keys, features))
+        features, keys = features[places], keys[places]
+        is_new = np.ones(len(places), dtype=bool)
+        is_new[1:] = (np.diff(features) != 0) | (np.diff(keys) != 0)
+        starts = np.flatnonzero(is_new)
+        return _Order(places, starts, features[starts], keys[starts])
 
 
 class _Order(NamedTuple):
-    """places: int64 [n], in the order wanted. starts: where each new pair begins in it."""
+    """Rows by pairs. places: int64 [n], of the rows, in that order. starts: where each new pair
+    begins in it; features, keys: of each, int64 [n_pairs]."""
 
     places: Int64
     starts: Int64
+    features: Int64
+    keys: Int64
 
 
-def _order(features: Int64, keys: Int64) -> _Order:
-    places = np.lexsort((keys, features))
-    is_new = np.ones(len(places), dtype=bool)
-    sorted_features, sorted_keys = features[places], keys[places]
-    is_new[1:] = (np.diff(sorted_features) != 0) | (np.diff(sorted_keys) != 0)
-    return _Order(places, np.flatnonzero(is_new))
+def _added(rows: pa.Table, order: _Order, summed: Sequence[str]) -> list[Int64]:
+    """Columns feature, key and sums, a row for each pair."""
+    sums = (rows[name].to_numpy()[order.places] for name in summed)
+    added = (np.add.reduceat(each, order.starts) if len(each) else each for each in sums)
+    return [order.features, order.keys, *added]
 
 
 def _is_first_of_text(
@@ -264,5 +275,4 @@ def _is_first_of_text(
 
 def merged_buckets(parts: Sequence[PartReader], d_sae: int) -> list[MergedBucket]:
     """All features, a bucket at a time."""
-    edges = [(first, min(first + BUCKET, d_sae)) for first in range(0, d_sae, BUCKET)]
-    return [MergedBucket(parts, first, stop) for first, stop in edges]
+    return [MergedBucket(parts, first, stop) for first, stop in buckets(d_sae)]

@@ -7,6 +7,7 @@ checksums, which are verified as they are read.
 
 import os
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 
@@ -78,26 +79,41 @@ SCHEMAS = {name: pa.schema(fields) for name, fields in _SCHEMAS.items()}
 Columns = Mapping[str, "np.ndarray | pa.Array"]
 
 
+def buckets(d_sae: int) -> list[tuple[int, int]]:
+    """Ranges of features, a bucket each: (first, stop)."""
+    return list(pairwise([*range(0, d_sae, BUCKET), d_sae]))
+
+
 class PartWriter:
     """Writes the files of one part; use it as a context. folder: there already."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._writers: dict[str, pq.ParquetWriter] = {}
+        self._bucket: dict[str, list[pa.Table]] = {}
 
     def write(self, table: str, columns: Columns) -> None:
-        """Append the next bucket of a table, sorted by feature."""
+        """Append rows of this bucket to a table, sorted by feature."""
+        self._bucket.setdefault(table, []).append(pa.table(dict(columns), SCHEMAS[table]))
+
+    def end_bucket(self) -> None:
+        """Write what was appended: a row group of each table."""
+        for table, parts in self._bucket.items():
+            rows = pa.concat_tables(parts)
+            self._writer(table).write_table(rows, row_group_size=max(len(rows), 1))
+        self._bucket.clear()
+
+    def _writer(self, table: str) -> pq.ParquetWriter:
         if table not in self._writers:
             self._writers[table] = pq.ParquetWriter(
                 self._folder / f"{table}.parquet",
                 SCHEMAS[table],
-                compression="zstd",
-                compression_level=1,
+                compression="lz4",
                 use_dictionary=False,
+                column_encoding=_differences(SCHEMAS[table]),
                 write_page_checksum=True,
             )
-        rows = pa.table(dict(columns), SCHEMAS[table])
-        self._writers[table].write_table(rows, row_group_size=max(len(rows), 1))
+        return self._writers[table]
 
     def __enter__(self) -> "PartWriter":
         return self
@@ -113,6 +129,13 @@ class PartWriter:
             if error is None:
                 with (self._folder / f"{table}.parquet").open("rb") as file:
                     os.fsync(file.fileno())
+
+
+def _differences(schema: pa.Schema) -> dict[str, str]:
+    """Integers are stored as differences: with lz4 as small as by zstd, in half the time."""
+    return {
+        field.name: "DELTA_BINARY_PACKED" for field in schema if pa.types.is_integer(field.type)
+    }
 
 
 class PartReader:

@@ -26,9 +26,13 @@ from ..errors import IndexingError
 if TYPE_CHECKING:
     from activation_cache import ActivationCache
 
-PARTS_SUFFIX = ".parts"
 FORMAT_VERSION = 1
 _INDEX, _PART = "index.json", "part.json"
+
+
+def parts_folder(database: Path) -> Path:
+    """Where the parts of a database lie."""
+    return database.with_name(f"{database.name}.parts")
 
 
 class PartRange(NamedTuple):

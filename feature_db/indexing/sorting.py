@@ -10,10 +10,16 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+UInt16 = NDArray[np.uint16]
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
+
+# What is looked up of every entry's row. The first three are the tokens before, on and behind it.
+RECORD = ("previous", "token", "following", "document", "position", "position_bin")
+N_COLUMNS = len(RECORD)
+DOCUMENT, POSITION, POSITION_BIN = (RECORD.index(name) for name in RECORD[3:])
 
 _Function = TypeVar("_Function")
 
@@ -24,55 +30,62 @@ def compiled(function: _Function) -> _Function:
 
 
 @compiled
-def sorted_by_feature(
-    features: Int32, rows: Int32, acts: Float32, n_features: int
-) -> tuple[Int64, Int32, Float32]:
-    """Entries in the order of rows, put in the order of features; rows stay ascending in each.
+def sort_run(
+    row_counts: Int64,
+    features: Int64,
+    acts: Float32,
+    offsets: Int64,
+    rows: UInt16,
+    sorted_acts: Float32,
+) -> None:
+    """Put entries that stand by row in the order of features; rows stay ascending in each.
 
-    features, rows, acts: [nnz].
-    Returns: offsets int64 [n_features + 1], rows and acts in the new order.
+    row_counts: int64 [n_rows], entries of each row, at most 65,536 rows. features, acts: [nnz].
+    Filled: offsets int64 [n_features + 1]; rows (from 0) and sorted_acts, [nnz].
     """
-    offsets = np.zeros(n_features + 1, np.int64)
-    for feature in features:
-        offsets[feature + 1] += 1
-    for feature in range(n_features):
-        offsets[feature + 1] += offsets[feature]
-    place = offsets[:-1].copy()
-    new_rows, new_acts = np.empty_like(rows), np.empty_like(acts)
+    n_features = len(offsets) - 1
+    offsets[:] = 0
     for i in range(len(features)):
-        at = place[features[i]]
-        new_rows[at], new_acts[at] = rows[i], acts[i]
-        place[features[i]] = at + 1
-    return offsets, new_rows, new_acts
-
-
-@compiled
-def joined_runs(offsets: Int64, rows: Int32, acts: Float32) -> tuple[Int64, Int32, Float32]:
-    """Entries of several chunks, each by feature, as one list by feature, chunk after chunk.
-
-    offsets: int64 [n_chunks, n_features + 1], places in rows and acts, which hold one chunk's
-        entries after another's.
-    Returns: offsets int64 [n_features + 1], rows, acts.
-    """
-    n_chunks, n_features = offsets.shape[0], offsets.shape[1] - 1
-    joined = np.zeros(n_features + 1, np.int64)
-    new_rows, new_acts = np.empty_like(rows), np.empty_like(acts)
-    at = 0
+        offsets[np.uint32(features[i]) + 1] += 1
+    place = np.empty(n_features, np.uint32)
     for feature in range(n_features):
-        for chunk in range(n_chunks):
-            for i in range(offsets[chunk, feature], offsets[chunk, feature + 1]):
-                new_rows[at], new_acts[at] = rows[i], acts[i]
-                at += 1
-        joined[feature + 1] = at
-    return joined, new_rows, new_acts
+        place[feature] = offsets[feature]
+        offsets[feature + 1] += offsets[feature]
+    i = 0
+    for row in range(len(row_counts)):
+        for _ in range(row_counts[row]):
+            narrow = np.uint32(features[i])
+            at = place[narrow]
+            rows[at], sorted_acts[at] = row, acts[i]
+            place[narrow] = at + np.uint32(1)
+            i += 1
 
 
 @compiled
-def columns_of(table: Int32, rows: Int32) -> Int32:
-    """Some rows of a table [n_rows, n_columns], by column: int32 [n_columns, len(rows)]."""
-    columns = np.empty((table.shape[1], len(rows)), np.int32)
-    for i in range(len(rows)):
-        row = np.uint32(rows[i])
-        for column in range(table.shape[1]):
-            columns[column, i] = table[row, column]
-    return columns
+def join_run(
+    offsets: Int64,
+    rows: UInt16,
+    acts: Float32,
+    first_row: int,
+    table: Int32,
+    place: Int64,
+    joined_rows: Int32,
+    joined_acts: Float32,
+    records: Int32,
+) -> None:
+    """Put the entries of one run behind those of the runs before it, feature by feature.
+
+    offsets: int64 [n_features + 1], of the features; rows and acts begin with the first one's.
+    first_row: of the run; table: int32 [rows of the run, N_COLUMNS].
+    place: int64 [n_features], where each feature's next entry goes: moved on.
+    Filled: joined_rows, joined_acts [nnz of all runs]; records [nnz, N_COLUMNS].
+    """
+    for feature in range(len(offsets) - 1):
+        at = np.uint32(place[feature])
+        for i in range(offsets[feature] - offsets[0], offsets[feature + 1] - offsets[0]):
+            row = rows[np.uint32(i)]
+            joined_rows[at], joined_acts[at] = np.int32(row) + first_row, acts[np.uint32(i)]
+            for column in range(N_COLUMNS):
+                records[at, column] = table[row, column]
+            at += np.uint32(1)
+        place[feature] = at

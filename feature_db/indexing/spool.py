@@ -1,33 +1,74 @@
 """The entries of one part of a text, on disk until its features are counted.
 
-In: the codes of chunk after chunk. Out: the entries of any range of features, and the features of
-every row. Disk: 12 bytes an entry; memory: what is asked for.
+In: the codes of chunk after chunk. Out: the entries of some features after others, each beside what
+is known of its row, and the features of every row. Disk: 8 bytes an entry (10 with more than 65,536
+features); memory: what one slice of features has.
 """
 
-from itertools import pairwise
+from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .sorting import Float32, Int32, Int64, joined_runs, sorted_by_feature
+from .sorting import N_COLUMNS, Float32, Int32, Int64, UInt16, join_run, sort_run
+
+# Of one run, so that a row's number within it has 16 bits.
+_RUN_ROWS = 1 << 16
+# Of one slice, unless one feature has more: 32 bytes each.
+_SLICE_ENTRIES = 1 << 20
 
 
 class Entries(NamedTuple):
     """Entries of features first <= feature < first + len(offsets) - 1, rows ascending in each.
 
     offsets: int64 [n_features + 1]. rows: int32, from the part's first. acts: float32, above 0.
+    records: int32 [nnz, N_COLUMNS], what is known of each entry's row.
     """
 
     first: int
     offsets: Int64
     rows: Int32
     acts: Float32
+    records: Int32
+
+    @property
+    def stop(self) -> int:
+        return self.first + len(self.offsets) - 1
 
     def of_entry(self) -> Int64:
         """The feature of each entry, from 0 for the first: int64 [nnz]."""
         return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+
+
+class RowFeatures(NamedTuple):
+    """The features of every row, row after row: offsets int64 [n_rows + 1], features [nnz]."""
+
+    offsets: Int64
+    features: UInt16 | Int32
+
+
+class RunRows(NamedTuple):
+    """The rows first_row <= row < first_row + n_rows on which some features are active.
+
+    offsets: int64 [n_features + 1], less the first one places in rows, which are from first_row.
+    """
+
+    first_row: int
+    n_rows: int
+    offsets: Int64
+    rows: UInt16
+
+
+class _Run(NamedTuple):
+    """Entries that were sorted together. begin: their place in the files."""
+
+    first_row: int
+    n_rows: int
+    begin: int
+    n_entries: int
 
 
 class EntrySpool:
@@ -35,64 +76,102 @@ class EntrySpool:
 
     def __init__(self, folder: Path, d_sae: int) -> None:
         self._folder, self._d_sae = folder, d_sae
+        self._narrow: Any = np.uint16 if d_sae <= 1 << 16 else np.int32
         self._row_counts: list[Int64] = []
-        self._ends = [0]
+        self._runs: list[_Run] = []
+        self.n_active: Int64 = np.zeros(d_sae, np.int64)
+        """Entries of each feature so far: int64 [d_sae]."""
 
     def add(self, row_counts: Int64, features: Int64, acts: Float32, first_row: int) -> None:
-        """Append a chunk. row_counts: entries of each of its rows. features, acts: by row.
+        """Append a chunk. first_row: of it in the part.
 
-        first_row: of the chunk in the part.
+        row_counts: entries of each of its rows. features, acts: by row; in a row a feature stands
+            once at most.
         """
-        rows = np.repeat(np.arange(len(row_counts), dtype=np.int32), row_counts) + np.int32(
-            first_row
-        )
-        narrow = features.astype(np.int32)
-        offsets, sorted_rows, sorted_acts = sorted_by_feature(narrow, rows, acts, self._d_sae)
-        self._append("features", narrow)
-        self._append("rows", sorted_rows)
-        self._append("acts", sorted_acts)
-        self._append("offsets", offsets + self._ends[-1])
         self._row_counts.append(row_counts)
-        self._ends.append(self._ends[-1] + len(features))
+        edges = np.concatenate(([0], np.cumsum(row_counts)))
+        for first in range(0, len(row_counts), _RUN_ROWS):
+            stop = min(first + _RUN_ROWS, len(row_counts))
+            inside = slice(edges[first], edges[stop])
+            run = row_counts[first:stop], features[inside], acts[inside]
+            self._add_run(*run, first_row + first)
 
-    def of_features(self, first: int, stop: int) -> Entries:
-        """The entries of the features first <= feature < stop."""
-        offsets = [self._offsets(chunk, first, stop) for chunk in range(len(self._ends) - 1)]
-        if not offsets:
-            nothing = np.empty(0, np.int32)
-            return Entries(
-                first, np.zeros(stop - first + 1, np.int64), nothing, np.empty(0, np.float32)
-            )
-        begins = np.cumsum([0, *(int(each[-1] - each[0]) for each in offsets)])
-        places = [(int(each[0]), int(each[-1])) for each in offsets]
-        rows, acts = (
-            np.concatenate([self._read(name, dtype, *place) for place in places])
-            for name, dtype in (("rows", np.int32), ("acts", np.float32))
-        )
-        moved = np.stack([e - e[0] + b for e, b in zip(offsets, begins[:-1], strict=True)])
-        return Entries(first, *joined_runs(moved, rows, acts))
+    def slices(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
+        """The features first <= feature < stop in ranges (first, stop) whose entries are few enough
+        to be held in memory."""
+        ends = np.cumsum(self.n_active)
+        while first < stop:
+            begin = int(ends[first - 1]) if first else 0
+            fits = int(np.searchsorted(ends, begin + _SLICE_ENTRIES, side="right"))
+            cut = min(max(fits, first + 1), stop)
+            yield first, cut
+            first = cut
 
-    def by_row(self) -> tuple[Int64, Int32]:
-        """Offsets int64 [rows + 1] and features int32 of all rows, in their order."""
+    def of_features(self, first: int, stop: int, table: Int32) -> Entries:
+        """The entries of the features first <= feature < stop. table: int32 [n_rows, N_COLUMNS]."""
+        joined = np.concatenate(([0], np.cumsum(self.n_active[first:stop])))
+        n, place = int(joined[-1]), joined[:-1].copy()
+        rows, acts = np.empty(n, np.int32), np.empty(n, np.float32)
+        records = np.empty((n, N_COLUMNS), np.int32)
+        with self._open("acts") as file:
+            for run, found in zip(self._runs, self.runs_of(first, stop), strict=True):
+                begin = run.begin + int(found.offsets[0])
+                run_acts = _read(file, np.float32, begin, begin + len(found.rows))
+                near = _near(table, found)
+                join_run(
+                    found.offsets, found.rows, run_acts, run.first_row, near,
+                    place, rows, acts, records,
+                )  # fmt: skip
+        return Entries(first, joined, rows, acts, records)
+
+    def runs_of(self, first: int, stop: int) -> Iterator[RunRows]:
+        """The rows of the features first <= feature < stop, some rows of the text after others."""
+        with self._open("offsets") as of_offsets, self._open("rows") as of_rows:
+            for number, run in enumerate(self._runs):
+                at = number * (self._d_sae + 1) + first
+                offsets = _read(of_offsets, np.int64, at, at + stop - first + 1)
+                here = run.begin + int(offsets[0]), run.begin + int(offsets[-1])
+                yield RunRows(run.first_row, run.n_rows, offsets, _read(of_rows, np.uint16, *here))
+
+    def by_row(self) -> RowFeatures:
+        """The features of all rows, in their order."""
         counts = np.concatenate([np.zeros(1, np.int64), *self._row_counts])
-        return np.cumsum(counts), self._read("features", np.int32, 0, self._ends[-1])
+        offsets = np.cumsum(counts)
+        if not offsets[-1]:
+            return RowFeatures(offsets, np.empty(0, self._narrow))
+        with self._open("features") as file:
+            return RowFeatures(offsets, _read(file, self._narrow, 0, int(offsets[-1])))
 
-    def _offsets(self, chunk: int, first: int, stop: int) -> Int64:
-        begin = chunk * (self._d_sae + 1)
-        offsets: Int64 = self._read("offsets", np.int64, begin + first, begin + stop + 1)
-        return offsets
+    def _add_run(self, row_counts: Int64, features: Int64, acts: Float32, first_row: int) -> None:
+        n = len(features)
+        offsets = np.empty(self._d_sae + 1, np.int64)
+        rows, sorted_acts = np.empty(n, np.uint16), np.empty(n, np.float32)
+        sort_run(row_counts, features, acts, offsets, rows, sorted_acts)
+        self._append("features", features.astype(self._narrow))
+        self._append("rows", rows)
+        self._append("acts", sorted_acts)
+        self._append("offsets", offsets)
+        begin = self._runs[-1].begin + self._runs[-1].n_entries if self._runs else 0
+        self._runs.append(_Run(first_row, len(row_counts), begin, n))
+        self.n_active += np.diff(offsets)
 
     def _append(self, name: str, values: NDArray[np.generic]) -> None:
         with (self._folder / name).open("ab") as file:
-            values.tofile(file)
+            file.write(values.data)
 
-    def _read(self, name: str, dtype: type[np.generic], first: int, stop: int) -> Any:
-        if stop == first:
-            return np.empty(0, dtype)
-        size = np.dtype(dtype).itemsize
-        return np.fromfile(self._folder / name, dtype, stop - first, offset=first * size)
+    def _open(self, name: str) -> BufferedReader:
+        return (self._folder / name).open("rb")
 
 
-def buckets(d_sae: int, size: int) -> list[tuple[int, int]]:
-    """Ranges of features, `size` each: (first, stop)."""
-    return list(pairwise([*range(0, d_sae, size), d_sae]))
+def _near(table: Int32, run: RunRows) -> Int32:
+    """A run's rows of a table: copied, and thereby in the cache, if many entries look there."""
+    rows = table[run.first_row : run.first_row + run.n_rows]
+    return rows.copy() if len(run.rows) > run.n_rows // 8 else rows
+
+
+def _read(file: BufferedReader, dtype: Any, first: int, stop: int) -> Any:
+    """The numbers first <= place < stop of a file."""
+    values = np.empty(stop - first, dtype)
+    file.seek(first * values.itemsize)
+    file.readinto(values.data)
+    return values

@@ -10,7 +10,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .sorting import Float32, Float64, Int32, Int64, compiled
+from .sorting import (
+    DOCUMENT,
+    POSITION,
+    POSITION_BIN,
+    Float32,
+    Float64,
+    Int32,
+    Int64,
+    compiled,
+)
 
 # Four bins an octave: the exponent and first two mantissa bits of a float32 are the bin's number,
 # with no rounding at the edges.
@@ -75,12 +84,10 @@ def feature_totals(
     offsets: Int64,
     acts: Float32,
     fixed: Int64,
-    positions: Int32,
-    position_bins: Int32,
-    documents: Int32,
+    records: Int32,
     scales: Scales,
 ) -> FeatureTotals:
-    """offsets, acts: entries by feature. fixed: see `fixed_acts`. positions, their bins, documents:
+    """offsets, acts: entries by feature. fixed: see `fixed_acts`. records: int32 [nnz, N_COLUMNS],
     of the row of each entry."""
     n_features = len(offsets) - 1
     counts = np.zeros((6, n_features), np.int64)
@@ -89,7 +96,7 @@ def feature_totals(
     by_position = np.zeros((n_features, N_POSITION_BINS), np.int64)
     bits = acts.view(np.uint32)
     _add_totals(
-        offsets, acts, bits, fixed, positions, position_bins, documents,
+        offsets, acts, bits, fixed, records,
         scales.square, counts, max_act, histogram, by_position,
     )  # fmt: skip
     return FeatureTotals(
@@ -104,9 +111,7 @@ def _add_totals(
     acts: Float32,
     bits: NDArray[np.uint32],
     fixed: Int64,
-    positions: Int32,
-    position_bins: Int32,
-    documents: Int32,
+    records: Int32,
     square_scale: float,
     counts: Int64,
     max_act: Float32,
@@ -123,13 +128,13 @@ def _add_totals(
             square_sum += np.int64(np.rint(act * act * square_scale))
             highest = max(highest, acts[i])
             histogram[feature, _bin_of(bits[i])] += 1
-            position_sum += positions[i]
-            by_position[feature, position_bins[i]] += 1
-            n_documents += documents[i] != document
-            document = documents[i]
+            position_sum += records[i, POSITION]
+            by_position[feature, np.uint32(records[i, POSITION_BIN])] += 1
+            n_documents += records[i, DOCUMENT] != document
+            document = records[i, DOCUMENT]
         counts[0, feature], counts[1, feature] = act_sum, square_sum
         counts[2, feature], counts[3, feature] = position_sum, n_documents
-        counts[4, feature] = documents[offsets[feature]] if n_documents else -1
+        counts[4, feature] = records[offsets[feature], DOCUMENT] if n_documents else -1
         counts[5, feature], max_act[feature] = document, highest
 
 

@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 from sae.atomic_files import commit
 
 from .best_rows import Spans
-from .sorting import Int32, Int64, columns_of
+from .sorting import RECORD, Int32, Int64
 from .statistics import position_bins
 
 if TYPE_CHECKING:
     from activation_cache import Chunk
 
-ENTRY_COLUMNS = ("token", "previous", "following", "document", "position", "position_bin")
 _COLUMNS = {"token_ids": np.int32, "doc_ids": np.int64, "positions": np.int32}
 
 
@@ -60,7 +59,7 @@ class PartRows(NamedTuple):
             "position": self.positions,
             "position_bin": position_bins(self.positions),
         }
-        table = np.stack([columns[name] for name in ENTRY_COLUMNS], axis=1)
+        table = np.stack([columns[name] for name in RECORD], axis=1)
         return RowRecords(table.astype(np.int32), doc_ids)
 
     def save(self, folder: Path) -> None:
@@ -74,14 +73,10 @@ class PartRows(NamedTuple):
 
 
 class RowRecords(NamedTuple):
-    """table: int32 [rows, len(ENTRY_COLUMNS)]; documents as places in doc_ids, int64, ascending."""
+    """table: int32 [rows, N_COLUMNS]; documents as places in doc_ids, int64, ascending."""
 
     table: Int32
     doc_ids: Int64
-
-    def of_entries(self, rows: Int32) -> dict[str, Int32]:
-        """Column -> what it says of the row of each entry."""
-        return dict(zip(ENTRY_COLUMNS, columns_of(self.table, rows), strict=True))
 
 
 def rows_of(chunk: "Chunk", before: int, after: int) -> PartRows:

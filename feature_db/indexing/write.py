@@ -94,7 +94,7 @@ class SAERows(NamedTuple):
     def n_active(self) -> Int64:
         """Rows on which each feature is active: int64 [d_sae]."""
         buckets = merged_buckets(self.parts, self.indexed.sae.d_sae)
-        return np.concatenate([bucket.totals().n_active for bucket in buckets])
+        return np.concatenate([bucket.n_active() for bucket in buckets])
 
 
 class Writer:

@@ -1,14 +1,18 @@
 """The kernels that choose and count, against loops in plain Python."""
 
 from collections import Counter, defaultdict
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from feature_db.indexing import spool
 from feature_db.indexing.best_rows import Spans, acts_around, best_entries, sample_scores
-from feature_db.indexing.sorting import joined_runs, sorted_by_feature
+from feature_db.indexing.sorting import N_COLUMNS, sort_run
 from feature_db.indexing.statistics import (
     N_BINS,
     N_POSITION_BINS,
@@ -60,25 +64,60 @@ def greedy(
 def test_entries_by_feature_keep_their_rows_in_order(entries: Entries) -> None:
     rows, features = np.nonzero(entries.dense.T)
     acts = entries.dense[features, rows]
-    offsets, new_rows, new_acts = sorted_by_feature(
-        features.astype(np.int32), rows.astype(np.int32), acts, D_SAE
-    )
+    offsets = np.empty(D_SAE + 1, np.int64)
+    new_rows, new_acts = np.empty(len(rows), np.uint16), np.empty(len(rows), np.float32)
+    counts = np.bincount(rows, minlength=N_ROWS)
+    sort_run(counts, features.astype(np.int64), acts, offsets, new_rows, new_acts)
     assert offsets.tolist() == entries.offsets.tolist()
     assert new_rows.tolist() == entries.rows.tolist()
     assert new_acts.tolist() == entries.acts.tolist()
 
 
-def test_chunks_by_feature_join_into_one_list(entries: Entries) -> None:
-    offsets, rows, acts, at = [], [], [], 0
-    for first, stop in ((0, 20), (20, 21), (21, N_ROWS)):
-        inside = (entries.rows >= first) & (entries.rows < stop)
-        offsets.append(np.searchsorted(entries.features[inside], np.arange(D_SAE + 1)) + at)
-        rows.append(entries.rows[inside])
-        acts.append(entries.acts[inside])
-        at += inside.sum()
-    found = joined_runs(np.stack(offsets), np.concatenate(rows), np.concatenate(acts))
-    expected = (entries.offsets, entries.rows, entries.acts)
-    assert all((a == b).all() for a, b in zip(found, expected, strict=True))
+def spooled(entries: Entries, folder: Path, edges: tuple[int, ...]) -> spool.EntrySpool:
+    """edges: of the chunks."""
+    made = spool.EntrySpool(folder, D_SAE)
+    for begin, stop in pairwise(edges):
+        rows, features = np.nonzero(entries.dense.T[begin:stop])
+        acts = entries.dense[features, rows + begin]
+        made.add(np.bincount(rows, minlength=stop - begin), features, acts, begin)
+    return made
+
+
+@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("run_rows", [1 << 16, 7])
+def test_chunks_by_feature_join_into_one_list(
+    entries: Entries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int, run_rows: int
+) -> None:
+    """Whatever the chunks, the runs they are cut in, and the features asked for."""
+    monkeypatch.setattr(spool, "_RUN_ROWS", run_rows)
+    table = np.random.default_rng(1).integers(0, 99, (N_ROWS, N_COLUMNS)).astype(np.int32)
+    made = spooled(entries, tmp_path, (0, 20, 21, 21, N_ROWS))
+    found, start = made.of_features(first, D_SAE, table), entries.offsets[first]
+    assert made.n_active.tolist() == np.diff(entries.offsets).tolist()
+    assert found.offsets.tolist() == (entries.offsets[first:] - start).tolist()
+    assert found.rows.tolist() == entries.rows[start:].tolist()
+    assert found.acts.tolist() == entries.acts[start:].tolist()
+    assert found.records.tolist() == table[entries.rows[start:]].tolist()
+    by_row = made.by_row()
+    features = [np.flatnonzero(column).tolist() for column in entries.dense.T]
+    edges = by_row.offsets.tolist()
+    assert [by_row.features[a:b].tolist() for a, b in pairwise(edges)] == features
+
+
+def test_slices_cover_all_features_within_bounds(
+    entries: Entries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = spooled(entries, tmp_path, (0, N_ROWS))
+    for most in (1, int(made.n_active[:2].sum()), 10**6):
+        monkeypatch.setattr(spool, "_SLICE_ENTRIES", most)
+        for begin, end in ((0, D_SAE), (1, 4)):
+            found = list(made.slices(begin, end))
+            assert [f for first, stop in found for f in range(first, stop)] == list(
+                range(begin, end)
+            )
+            sizes = [made.n_active[first:stop].sum() for first, stop in found]
+            spans = [stop - first for first, stop in found]
+            assert all(size <= most or n == 1 for size, n in zip(sizes, spans, strict=True))
 
 
 @settings(deadline=None)
@@ -106,10 +145,10 @@ def test_best_of_two_parts_are_the_best_of_the_whole(
 
 def test_sample_scores_depend_on_seed_feature_and_row_alone() -> None:
     offsets, rows = np.arange(51) * 2000, np.tile(np.arange(2000), 50)
-    scores = sample_scores(offsets, 0, rows, 0)
-    later = sample_scores(offsets[7:] - offsets[7], 7, rows[offsets[7] :], 0)
+    scores = sample_scores(offsets, 0, rows, 0, 0)
+    later = sample_scores(offsets[7:] - offsets[7], 7, rows[offsets[7] :] - 5, 5, 0)
     assert (later == scores[offsets[7] :]).all()
-    assert (sample_scores(offsets, 0, rows, 1) != scores).mean() > 0.99
+    assert (sample_scores(offsets, 0, rows, 0, 1) != scores).mean() > 0.99
     assert len(np.unique(scores)) > 0.999 * len(scores)
     assert scores.min() >= 0
     assert scores.max() < 1 << 32
@@ -135,6 +174,16 @@ def test_acts_around_are_those_within_reach(entries: Entries) -> None:
         assert list(zip(found.steps[mine], found.acts[mine], strict=True)) == expected
 
 
+def records_of(
+    documents: "np.ndarray[Any, Any]",
+    positions: "np.ndarray[Any, Any]",
+    bins: "np.ndarray[Any, Any]",
+) -> "np.ndarray[Any, np.dtype[np.int32]]":
+    """Records of which these columns alone matter."""
+    columns = [np.full(len(documents), -7)] * 3 + [documents, positions, bins]
+    return np.stack(columns, axis=1).astype(np.int32)
+
+
 def test_totals_equal_those_of_dense_acts(entries: Entries) -> None:
     positions = (np.arange(N_ROWS) % 7).astype(np.int32)
     scales = Scales.of(10.0)
@@ -143,9 +192,7 @@ def test_totals_equal_those_of_dense_acts(entries: Entries) -> None:
         entries.offsets,
         entries.acts,
         fixed,
-        positions[entries.rows],
-        position_bins(positions)[entries.rows].astype(np.int32),
-        entries.documents[entries.rows].astype(np.int32),
+        records_of(entries.documents, positions, position_bins(positions))[entries.rows],
         scales,
     )
     dense, is_active = entries.dense.astype(np.float64), entries.dense > 0
@@ -173,9 +220,7 @@ def test_every_act_lies_in_its_bin(act: float) -> None:
         np.array([0, 1]),
         np.array([act], np.float32),
         one.astype(np.int64),
-        one,
-        one,
-        one,
+        records_of(one, one, one),
         Scales.of(1),
     )
     (number,) = np.flatnonzero(totals.histogram[0])
@@ -200,9 +245,7 @@ def test_quantiles_from_a_histogram_come_near_the_exact_ones() -> None:
         np.array([0, 4000]),
         acts,
         rows.astype(np.int64),
-        rows,
-        rows % N_POSITION_BINS,
-        rows,
+        records_of(rows, rows, rows % N_POSITION_BINS),
         Scales.of(100.0),
     )
     exact = np.argsort(np.argsort(acts)) / 4000
@@ -210,27 +253,32 @@ def test_quantiles_from_a_histogram_come_near_the_exact_ones() -> None:
     assert np.abs(found - exact).max() < 0.01
 
 
-@pytest.mark.parametrize("most", [2, 100])
-def test_token_uses_are_the_most_frequent_pairs(entries: Entries, most: int) -> None:
+@pytest.mark.parametrize("most", [(2, 1), (100, 3)])
+@pytest.mark.parametrize("vocab_size", [4, 200])
+def test_token_uses_are_the_most_frequent_pairs(
+    entries: Entries, most: tuple[int, int], vocab_size: int
+) -> None:
+    spread = np.where(entries.tokens < 0, -1, entries.tokens * (vocab_size // 4))
+    places = np.stack([spread, np.roll(spread, 1)], axis=1).astype(np.int32)
     fixed = (entries.acts * 2).astype(np.int64)
-    found = token_uses(entries.offsets, fixed, entries.tokens[entries.rows], 4, most)
+    found = token_uses(entries.offsets, fixed, places[entries.rows], vocab_size, np.array(most))
     rows = list(zip(*(column.tolist() for column in found), strict=True))
     expected = []
-    for feature in range(D_SAE):
+    for feature, place in product(range(D_SAE), range(2)):
         on: dict[int, list[int]] = defaultdict(list)
         for row in np.flatnonzero(entries.dense[feature]).tolist():
-            if entries.tokens[row] >= 0:
-                on[int(entries.tokens[row])].append(int(entries.dense[feature, row] * 2))
-        kept = sorted(on, key=lambda t: (-len(on[t]), t))[:most]
-        expected += [(feature, t, len(on[t]), sum(on[t])) for t in sorted(kept)]
+            if places[row, place] >= 0:
+                on[int(places[row, place])].append(int(entries.dense[feature, row] * 2))
+        kept = sorted(on, key=lambda t: (-len(on[t]), t))[: most[place]]
+        expected += [(feature, place, t, len(on[t]), sum(on[t])) for t in sorted(kept)]
     assert rows == expected
 
 
 def test_document_uses_are_those_of_largest_sum(entries: Entries) -> None:
     fixed = (entries.acts * 2).astype(np.int64)
-    found = document_uses(
-        entries.offsets, entries.acts, fixed, entries.documents[entries.rows].astype(np.int32), 3
-    )
+    nothing = np.zeros(N_ROWS)
+    records = records_of(entries.documents, nothing, nothing)[entries.rows]
+    found = document_uses(entries.offsets, entries.acts, fixed, records, 3)
     for feature in range(D_SAE):
         acts = entries.dense[feature] * 2
         sums = {d: acts[entries.documents == d] for d in set(entries.documents.tolist())}
@@ -243,17 +291,21 @@ def test_document_uses_are_those_of_largest_sum(entries: Entries) -> None:
         assert (found.documents[feature, n:] == -1).all()
 
 
+def by_row(entries: Entries) -> spool.RowFeatures:
+    rows, features = np.nonzero(entries.dense.T)
+    return spool.RowFeatures(
+        np.searchsorted(rows, np.arange(N_ROWS + 1)), features.astype(np.uint16)
+    )
+
+
 def test_companions_are_active_on_the_same_rows(entries: Entries) -> None:
     active = entries.dense > 0
-    by_row = np.nonzero(active.T)
-    row_offsets = np.searchsorted(by_row[0], np.arange(N_ROWS + 1))
     n_active = active.sum(1)
     found = companions(
         entries.offsets[2:] - entries.offsets[2],
         entries.rows[entries.offsets[2] :],
         2,
-        row_offsets,
-        by_row[1].astype(np.int32),
+        by_row(entries),
         n_active,
         3,
     )
@@ -265,11 +317,33 @@ def test_companions_are_active_on_the_same_rows(entries: Entries) -> None:
         assert found.n_both[feature - 2, : len(order)].tolist() == both[feature, order].tolist()
 
 
-def test_near_misses_are_contexts_of_neighbors_without_the_feature(entries: Entries) -> None:
-    before, after = (np.full(N_ROWS, n, np.int32) for n in (2, 1))
+def test_more_features_than_16_bits_tell_apart(entries: Entries, tmp_path: Path) -> None:
+    d_sae, wide = 70_000, np.array([0, 5, 65_535, 65_536, 69_999])
+    rows, features = np.nonzero(entries.dense.T)
+    made = spool.EntrySpool(tmp_path, d_sae)
+    acts = entries.dense[features, rows]
+    made.add(np.bincount(rows, minlength=N_ROWS), wide[features], acts, 0)
+    assert made.by_row().features.tolist() == wide[features].tolist()
+    assert made.n_active[wide].tolist() == np.diff(entries.offsets).tolist()
+    last = made.of_features(65_536, d_sae, np.zeros((N_ROWS, N_COLUMNS), np.int32))
+    found = companions(last.offsets, last.rows, 65_536, made.by_row(), made.n_active, 4)
+    for place, feature in ((0, 3), (-1, 4)):
+        both = ((entries.dense[feature] > 0) & (entries.dense > 0)).sum(1)
+        expected = {int(wide[g]): int(both[g]) for g in range(D_SAE) if g != feature and both[g]}
+        kept = found.others[place] >= 0
+        pairs = zip(found.others[place][kept], found.n_both[place][kept], strict=True)
+        assert {int(other): int(n) for other, n in pairs} == expected
+
+
+def test_near_misses_are_contexts_of_neighbors_without_the_feature(
+    entries: Entries, tmp_path: Path
+) -> None:
+    reach = np.arange(N_ROWS, dtype=np.int32)
+    before, after = np.minimum(reach, 2), np.minimum(reach[::-1], 1)
     top = np.array([greedy(acts, 4, 0) for acts in entries.dense], np.int32)
     neighbors = np.array([[g for g in range(D_SAE) if g != f][:2] for f in range(D_SAE)])
-    found = near_misses(entries.offsets, entries.rows, neighbors, top, (before, after), 5)
+    runs = spooled(entries, tmp_path, (0, 20, 21, N_ROWS)).runs_of(0, D_SAE)
+    found = near_misses(runs, neighbors, top, (before, after), 5)
     n_found = 0
     for feature in range(D_SAE):
         expected: list[tuple[int, int]] = []
