@@ -12,7 +12,9 @@ from . import (
     disk_budget,
     flipped_bits,
     full_disk,
+    index_kills,
     kills,
+    label_kills,
     reader_while_writing,
     system_calls,
     training_calls,
@@ -47,6 +49,8 @@ KINDS = {
     "training_kills": Kind(training_kills.run, 200, 3),
     "training_calls": Kind(training_calls.run, 40, 3),
     "training_damage": Kind(training_damage.run, 240, 12),
+    "index_kills": Kind(index_kills.run, 30, 1),
+    "label_kills": Kind(label_kills.run, 20, 1),
     "two_trainers": Kind(two_trainers.run, 16, 2),
 }
 
