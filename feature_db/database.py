@@ -17,6 +17,7 @@ from sae import SAE
 
 from .activations import activations_view
 from .active import ActiveFeatures, active_features, text_codes
+from .embedders import Embed, Embedder
 from .errors import DatabaseBusyError, LabelError, NotFoundError, OpenError, QueryError
 from .explanations import (
     BEST_FIRST,
@@ -31,9 +32,17 @@ from .feature_set import FeatureSet, Frame
 from .indexing.parts import parts_folder
 from .inputs import weights_hash
 from .label_file import LabelRow
+from .meaning import Meanings, OnEmbedded, nearest, require_meanings, write_meanings
 from .result import Result
 from .schema import check_version, get_meta, migrate
-from .search import found_table, is_one_word, require_text, word_matches
+from .search import (
+    Match,
+    found_table,
+    is_one_word,
+    require_text,
+    strongest_texts,
+    word_matches,
+)
 from .search_texts import phrase_query, regex_query, text_matches
 from .token_text import visible
 from .transactions import transaction
@@ -60,6 +69,7 @@ class FeatureDB:
         """activations: SQL that makes the view of that name, which each cursor needs anew."""
         self._connection, self._activations = connection, activations
         self._vocabulary: Sequence[str] | None = None
+        self._meanings: dict[str, Meanings] = {}
         self._threads = ThreadPoolExecutor(_SIDE_BY_SIDE, "feature-db")
         self.path = path
 
@@ -176,21 +186,61 @@ class FeatureDB:
         a list of ids: to look at, steer by or export. Raises: NotFoundError."""
         return FeatureSet.of(self, found)
 
-    def search(self, text: str, limit: int = 20, *, regex: bool = False) -> Result:
+    def embed(self, model: str | Path | Embed, on_embedded: OnEmbedded | None = None) -> int:
+        """Keep what an embedding model makes of every feature, for `search(meaning=model)`.
+
+        model: a folder with an encoder, `wordllama`, `package:function`, or a function of texts:
+            see feature_db/embedders.py. on_embedded: told how many features of how many are done.
+        Returns: the number of features. Raises: MeaningError; OpenError unless the database is
+            open for writing.
+        """
+        embedder = Embedder.of(model)
+        self._meanings.pop(embedder.name, None)
+        with self._writing() as connection:
+            return write_meanings(connection, embedder, self.vocabulary(), on_embedded)
+
+    def search(
+        self,
+        text: str,
+        limit: int = 20,
+        *,
+        regex: bool = False,
+        meaning: str | Path | Embed | None = None,
+    ) -> Result:
         """Features about a word, phrase or regular expression, best first, over all SAEs; case
         doesn't matter.
 
         Looks at labels, tokens by lift, contexts and promoted tokens: see feature_db/search.py.
+        meaning: an embedding model, of which `embed` has kept vectors: by meaning instead, score
+            being the cosine.
         Returns: sae_id, feature_id, label, score, reason, example, density.
-        Raises: NotFoundError for an empty text, or a regular expression that isn't one.
+        Raises: NotFoundError for an empty text, or a regular expression that isn't one;
+            MeaningError without vectors of the model.
         """
         require_text(text, limit)
+        if meaning is not None:
+            return self._result(found_table(self._rows, self._meant(text, limit, meaning)))
         if not regex and is_one_word(text):
             matches = word_matches(self._rows, text.strip().lower(), limit)
         else:
             query = regex_query(text) if regex else phrase_query(text)
             matches = text_matches(self._rows, self.vocabulary(), query, limit)
         return self._result(found_table(self._rows, matches))
+
+    def _meant(self, text: str, limit: int, model: str | Path | Embed) -> list[Match]:
+        embedder = Embedder.of(model)
+        if embedder.name not in self._meanings:
+            table = self._arrow(
+                "SELECT sae_id, feature_id, field, vector FROM meanings WHERE model = ?",
+                [embedder.name],
+            )
+            known = [row["model"] for row in self._rows("SELECT DISTINCT model FROM meanings")]
+            self._meanings[embedder.name] = require_meanings(
+                table, embedder.name, known, str(self.path)
+            )
+        found = nearest(self._meanings[embedder.name], embedder([text])[0], limit)
+        examples = strongest_texts(self._rows, [each[:2] for each in found])
+        return [Match.by_meaning(*each, examples.get(each[:2])) for each in found]
 
     def neighbors(self, feature_id: int, n: int = 10, sae_id: int | None = None) -> Result:
         """The n features of nearest direction: neighbor_id, cosine, label, density.

@@ -35,7 +35,8 @@ Rows = Callable[[str, dict[str, Any]], Sequence[Row]]
 class Match(NamedTuple):
     """Where one feature matched. label, token, context, peak, promoted: its score from each.
 
-    shown_token, shown_promoted: a token that matched. example: a context that did.
+    shown_token, shown_promoted: a token that matched. example: a context that did. meant: by the
+    meaning of which field; its score is then the cosine.
     """
 
     sae_id: int
@@ -48,14 +49,34 @@ class Match(NamedTuple):
     shown_token: str | None
     shown_promoted: str | None
     example: str | None
+    cosine: float = 0.0
+    meant: str | None = None
+
+    @classmethod
+    def by_meaning(
+        cls, sae_id: int, feature_id: int, cosine: float, field: str, example: str | None
+    ) -> "Match":
+        """A feature of which a field means what was searched for."""
+        nothing = dict.fromkeys(("label", "token", "context", "peak", "promoted"), 0.0)
+        return cls(
+            sae_id,
+            feature_id,
+            **nothing,
+            shown_token=None,
+            shown_promoted=None,
+            example=example,
+            cosine=cosine,
+            meant=field,
+        )
 
     @property
     def score(self) -> float:
-        return self.label + self.token + self.context + self.peak + self.promoted
+        return self.cosine + self.label + self.token + self.context + self.peak + self.promoted
 
     def reason(self) -> str:
         """Where it matched, in words."""
         parts = [
+            self.meant and f"meaning of its {self.meant}",
             self.label and "label",
             self.token and f'fires on "{self.shown_token}"',
             self.context
@@ -101,6 +122,16 @@ def found_table(rows: Rows, matches: Sequence[Match]) -> pa.Table:
         for match in matches
     ]
     return pa.Table.from_pylist(found, _FOUND)
+
+
+def strongest_texts(rows: Rows, features: Sequence[Pair]) -> dict[Pair, str]:
+    """The text of each feature's strongest context."""
+    found = rows(
+        "SELECT sae_id, feature_id, text FROM contexts "
+        f"WHERE kind = 'top' AND rank = 1 AND {OF_THESE}",
+        ids_of(features),
+    )
+    return {(row["sae_id"], row["feature_id"]): row["text"] for row in found}
 
 
 def ids_of(features: Sequence[Match] | Sequence[Pair]) -> dict[str, list[int]]:

@@ -62,3 +62,12 @@ CREATE MACRO two_sided_p(z) AS 2 * exp(-z * z / 2) / sqrt(2 * pi()) * (
     + 1.781477937 / pow(1 + 0.2316419 * abs(z), 3) - 1.821255978 / pow(1 + 0.2316419 * abs(z), 4)
     + 1.330274429 / pow(1 + 0.2316419 * abs(z), 5)
 );
+
+-- What labels and contexts mean to an embedding model: vectors of length 1.
+CREATE TABLE meanings (
+    sae_id INTEGER NOT NULL,
+    feature_id INTEGER NOT NULL,
+    model VARCHAR NOT NULL,
+    field VARCHAR NOT NULL,
+    vector FLOAT[] NOT NULL
+);

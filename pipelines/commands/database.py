@@ -13,6 +13,7 @@ from sae import SAE
 
 from ..cli import app, console
 from ..errors import PipelineError
+from ..progress import StageProgress
 from ..stages import model_of
 from .arguments import DEFAULT_DATABASE, Database, Device, Dtype, Limit, Sae, SaeId
 
@@ -73,10 +74,35 @@ def search(
     *,
     db: Database = DEFAULT_DATABASE,
     limit: Limit = 20,
+    regex: Annotated[
+        bool, Parameter(negative=(), help="The text is a regular expression.")
+    ] = False,
+    meaning: Annotated[
+        str | None,
+        Parameter(help="Embedding model: by meaning, of the vectors that `saebase embed` kept."),
+    ] = None,
 ) -> None:
-    """Find features by the words in their labels, tokens and contexts."""
+    """Find features by the words in their labels, tokens and contexts, or by what these mean."""
     with FeatureDB.open(db) as features:
-        console.print(features.search(text, limit=limit))
+        console.print(features.search(text, limit=limit, regex=regex, meaning=meaning))
+
+
+@app.command
+def embed(
+    model: Annotated[
+        str, Parameter(help="Folder with an encoder, wordllama, or package:function.")
+    ],
+    *,
+    db: Database = DEFAULT_DATABASE,
+) -> None:
+    """Keep what an embedding model makes of every feature, for `saebase search --meaning`."""
+    with (
+        FeatureDB.open(db, read_only=False) as features,
+        StageProgress(console, "embed", "features") as progress,
+    ):
+        n = features.embed(model, progress.update)
+    console.print(f"{n:,} features of {db}: vectors of {model} kept", highlight=False)
+    console.print(f'[dim]next:[/] saebase search "..." --meaning {model} --db {db}')
 
 
 @app.command

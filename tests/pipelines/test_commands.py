@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ VERBS = [
     "cache stats",
     "demo",
     "doctor",
+    "embed",
     "evaluate",
     "finetune",
     "harvest",
@@ -260,6 +262,20 @@ def test_search_show_and_active_answer(saebase: Saebase, small_run: SmallRun) ->
     )
     assert active.status == 0, active.err
     assert "river" in active.out
+
+
+def test_a_text_is_searched_for_by_meaning(
+    saebase: Saebase, small_run: SmallRun, tmp_path: Path
+) -> None:
+    pytest.importorskip("wordllama")
+    db = shutil.copy(small_run.db, tmp_path / "db.duckdb")
+    embedded = saebase("embed", "wordllama", "--db", db)
+    assert embedded.status == 0, embedded.err
+    assert "vectors of wordllama kept" in embedded.out
+    assert "meaning of its" in saebase("search", "doors", "--meaning", "wordllama", "--db", db).out
+    refused = saebase("search", "doors", "--meaning", "other", "--db", db)
+    assert refused.status == 2
+    assert "embedding model 'other': expected a folder" in refused.err
 
 
 def test_steer_shows_both_texts(saebase: Saebase, small_run: SmallRun) -> None:
