@@ -1,7 +1,7 @@
 """FeatureDB: a feature database, opened. SQL, single features, search, neighbours, live text."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import repeat
@@ -18,7 +18,7 @@ from sae import SAE
 from .activations import activations_view
 from .active import ActiveFeatures, active_features, text_codes
 from .embedders import Embed, Embedder
-from .errors import DatabaseBusyError, LabelError, NotFoundError, OpenError, QueryError
+from .errors import NotFoundError, OpenError, QueryError
 from .explanations import (
     BEST_FIRST,
     FeatureLabel,
@@ -31,10 +31,11 @@ from .feature import Feature, load_feature
 from .feature_set import FeatureSet, Frame
 from .indexing.parts import parts_folder
 from .inputs import weights_hash
-from .label_file import LabelRow
+from .label_file import LabelRow, label_of
 from .meaning import Meanings, OnEmbedded, nearest, require_meanings, write_meanings
+from .opening import connected, one_line, version_of
 from .result import Result
-from .schema import check_version, get_meta, migrate
+from .schema import check_version, migrate
 from .search import (
     Match,
     found_table,
@@ -51,8 +52,6 @@ from .untrusted import Params, SqlLimits, run_untrusted
 if TYPE_CHECKING:
     from activation_cache import LanguageModel
 
-# A DuckDB file is three headers of 4 KiB, then blocks.
-_HEADER_BYTES = 3 * 4096
 # Small queries of one feature, each of which is mostly planning.
 _SIDE_BY_SIDE = 4
 
@@ -92,9 +91,9 @@ class FeatureDB:
                 f"{path} {'is a folder' if path.is_dir() else 'does not exist'}: expected a "
                 "feature database, such as `saebase index` makes"
             )
-        connection = _connected(path, read_only)
+        connection = connected(path, read_only)
         try:
-            version = _version_of(connection, path)
+            version = version_of(connection, path)
             check_version(version, str(path), may_migrate=not read_only)
             if not read_only:
                 migrate(connection, version)
@@ -296,7 +295,7 @@ class FeatureDB:
         Raises: LabelError that names the line of an unknown feature or SAE; OpenError.
         """
         sizes: dict[int, int] = dict(self.sql("SELECT sae_id, d_sae FROM saes").fetchall())
-        labels = [_label_of(row, sizes, self.path) for row in rows]
+        labels = [label_of(row, sizes, self.path) for row in rows]
         with self._writing() as connection:
             put_labels(connection, labels)
 
@@ -447,81 +446,6 @@ class FeatureDB:
         )
 
 
-def _label_of(row: LabelRow, sizes: Mapping[int, int], path: Path) -> FeatureLabel:
-    """A line's label with its SAE. sizes: features of each SAE. Raises: LabelError."""
-    sae_id = next(iter(sizes)) if row.sae_id is None and len(sizes) == 1 else row.sae_id
-    if sae_id is None or sae_id not in sizes:
-        held = ", ".join(map(str, sizes))
-        raise LabelError(f"line {row.line}: sae_id={sae_id}, and {path} holds SAEs {held}: say one")
-    if row.feature_id >= sizes[sae_id]:
-        raise LabelError(
-            f"line {row.line}: no feature {row.feature_id} in SAE {sae_id} of {path}: expected 0 "
-            f"to {sizes[sae_id] - 1}"
-        )
-    return FeatureLabel(sae_id, row.feature_id, row.text, row.method)
-
-
 def _require_positive(value: int, name: str) -> None:
     if value < 1:
         raise NotFoundError(f"{name}={value}: expected 1 or more")
-
-
-def one_line(message: str) -> str:
-    """DuckDB's message without its line breaks and its picture of where the error is."""
-    text, _, picture = message.partition("\nLINE ")
-    near = re.search(r"^( *)\^", picture, re.MULTILINE)
-    if near and "near" not in text:
-        line = picture.splitlines()[0]
-        shown = line[max(len(near[1]) - len("LINE "), 0) :].strip()
-        text = f"{text.strip()}; near {shown[:60]!r}"
-    return " ".join(text.split())
-
-
-def _connected(path: Path, read_only: bool) -> duckdb.DuckDBPyConnection:
-    try:
-        return duckdb.connect(str(path), read_only=read_only)
-    except duckdb.Error as error:
-        message = one_line(str(error))
-        if "not a valid DuckDB database" in message:
-            what = "is no DuckDB file: expected a feature database, such as `saebase index` makes"
-        elif "Could not set lock" in message:
-            raise DatabaseBusyError(
-                f"{path} is open elsewhere{_holder(message)}: close it there first"
-            ) from None
-        elif "different configuration" in message:
-            what = "is open in this process in another way: close that FeatureDB first"
-        elif "Could not read enough bytes" in message:
-            what = f"is torn: build the index again ({message})"
-        else:
-            what = f"can't be opened: build the index again if it is damaged ({message})"
-        raise OpenError(f"{path} {what}") from None
-
-
-def _holder(message: str) -> str:
-    """Who holds the file, as DuckDB says it: ` (python3 (PID 812))`."""
-    found = re.search(r"held in (.*?\(PID \d+\))", message)
-    return f" ({found.group(1)})" if found else ""
-
-
-def _version_of(connection: duckdb.DuckDBPyConnection, path: Path) -> int:
-    """The schema_version of a database that is whole. Raises: OpenError if it isn't."""
-    try:
-        # Free blocks at the end are cut off when a database is closed, and still counted.
-        block_bytes, n_used = connection.execute(
-            "SELECT block_size, used_blocks FROM pragma_database_size()"
-        ).fetchall()[0]
-        if path.stat().st_size < _HEADER_BYTES + int(block_bytes) * int(n_used):
-            raise OpenError(f"{path} is torn: its end is missing. Build the index again")
-        version = get_meta(connection, "schema_version")
-    except duckdb.CatalogException:
-        version = None
-    except duckdb.Error as error:
-        raise OpenError(
-            f"{path} is damaged: build the index again ({one_line(str(error))})"
-        ) from None
-    if version is None or not version.isdecimal():
-        raise OpenError(
-            f"{path} is a DuckDB file but no feature database: expected one that `saebase index` "
-            "made"
-        )
-    return int(version)

@@ -8,14 +8,14 @@ into `features` alone; it becomes a row (method `tokens`) when another first tak
 that row is made anew wherever `features` shows an offline label again.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import duckdb
 import pyarrow as pa
 
 from .errors import LabelError
+from .transactions import registered
 from .words import label_words
 
 HUMAN, LLM, OFFLINE = "human", "llm", "tokens"
@@ -66,7 +66,7 @@ def put_labels(connection: duckdb.DuckDBPyConnection, labels: Sequence[FeatureLa
             "text": [each.text for each in labels],
         }
     )
-    with _registered(connection, rows):
+    with registered(connection, rows):
         _run(connection, "DELETE FROM explanations WHERE " + _SAME_METHOD_COMES)
         _run(connection, _ADD)
     show_best(connection, [(each.sae_id, each.feature_id) for each in labels])
@@ -90,7 +90,7 @@ def add_explanations(connection: duckdb.DuckDBPyConnection, rows: pa.Table) -> N
 
     rows: columns of `explanations` by name, without explanation_id and created_at.
     """
-    with _registered(connection, rows):
+    with registered(connection, rows):
         _run(connection, _ADD)
     ids = zip(rows.column("sae_id").to_pylist(), rows.column("feature_id").to_pylist(), strict=True)
     show_best(connection, ids)
@@ -113,7 +113,7 @@ def carry_explanations(source: duckdb.DuckDBPyConnection, target: duckdb.DuckDBP
         "JOIN saes USING (sae_id) WHERE method <> ? ORDER BY explanation_id",
         params=[OFFLINE],
     ).to_arrow_table()
-    with _registered(target, said):
+    with registered(target, said):
         copied = target.execute(_CARRY).fetchall()
     show_best(target, copied)
     return len(copied)
@@ -128,20 +128,12 @@ def show_best(connection: duckdb.DuckDBPyConnection, features: Iterable[tuple[in
             "feature_id": pa.array([feature_id for _, feature_id in pairs], pa.int32()),
         }
     )
-    with _registered(connection, rows):
+    with registered(connection, rows):
         _run(connection, _DROP_OLD_OFFLINE)
         _run(connection, _KEEP_OFFLINE)
         _run(connection, _SHOW)
         _run(connection, _FORGET_WORDS)
         _run(connection, _ADD_WORDS)
-
-
-@contextmanager
-def _registered(connection: duckdb.DuckDBPyConnection, rows: pa.Table) -> Iterator[None]:
-    """`rows` as the view `incoming` while the context is open; an error's rollback removes it."""
-    connection.register("incoming", rows)
-    yield
-    connection.unregister("incoming")
 
 
 def _run(connection: duckdb.DuckDBPyConnection, sql: str) -> None:

@@ -5,14 +5,14 @@
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import LabelError
-from .explanations import HUMAN, LLM, OFFLINE, label_text
+from .explanations import HUMAN, LLM, OFFLINE, FeatureLabel, label_text
 
 
 class LabelRow(NamedTuple):
@@ -89,3 +89,17 @@ def _row(path: Path, number: int, line: str) -> LabelRow:
             "out for labels by a person, or name it after what made them"
         )
     return LabelRow(number, found.sae_id, found.feature_id, text, found.method)
+
+
+def label_of(row: LabelRow, sizes: Mapping[int, int], path: Path) -> FeatureLabel:
+    """A line's label with its SAE. sizes: features of each SAE. Raises: LabelError."""
+    sae_id = next(iter(sizes)) if row.sae_id is None and len(sizes) == 1 else row.sae_id
+    if sae_id is None or sae_id not in sizes:
+        held = ", ".join(map(str, sizes))
+        raise LabelError(f"line {row.line}: sae_id={sae_id}, and {path} holds SAEs {held}: say one")
+    if row.feature_id >= sizes[sae_id]:
+        raise LabelError(
+            f"line {row.line}: no feature {row.feature_id} in SAE {sae_id} of {path}: expected 0 "
+            f"to {sizes[sae_id] - 1}"
+        )
+    return FeatureLabel(sae_id, row.feature_id, row.text, row.method)

@@ -19,8 +19,15 @@ def transaction(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
     connection.execute("COMMIT").fetchall()
 
 
+@contextmanager
+def registered(connection: duckdb.DuckDBPyConnection, rows: pa.Table) -> Iterator[None]:
+    """`rows` as the view `incoming` while the context is open; an error's rollback removes it."""
+    connection.register("incoming", rows)
+    yield
+    connection.unregister("incoming")
+
+
 def insert(connection: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
     """Append Arrow rows to a table, columns matched by name."""
-    connection.register("incoming", rows)
-    connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM incoming").fetchall()
-    connection.unregister("incoming")
+    with registered(connection, rows):
+        connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM incoming").fetchall()
