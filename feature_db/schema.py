@@ -37,6 +37,7 @@ def new_database(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
         quoted = str(path).replace("'", "''")
         connection.execute(f"ATTACH '{quoted}' AS made (ROW_GROUP_SIZE {_ROW_GROUP})").fetchall()
         connection.execute("USE made").fetchall()
+        connection.execute(f"SET temp_directory = '{quoted}.spill'").fetchall()
         migrate(connection)
         yield connection
         connection.execute("CHECKPOINT").fetchall()

@@ -10,12 +10,31 @@ import duckdb
 
 LABEL_WEIGHT, TOKEN_WEIGHT, CONTEXT_WEIGHT, PEAK_WEIGHT = 4.0, 3.0, 1.0, 3.0
 _WORD = r"[\pL\pN]+"
+_FEATURES_AT_ONCE = 65_536
 
 
-def write_words(connection: duckdb.DuckDBPyConnection) -> None:
-    """Fill `words` from the other tables of an open database, in place of what it holds."""
-    connection.execute("DELETE FROM words").fetchall()
-    connection.execute(_INSERT).fetchall()
+def write_words(connection: duckdb.DuckDBPyConnection, at_once: int = _FEATURES_AT_ONCE) -> None:
+    """Fill `words` from the other tables of an open database, in place of what it holds.
+
+    at_once: features whose words are in memory; those of more are sorted on disk.
+    """
+    _run(connection, "DELETE FROM words")
+    ((n,),) = connection.execute(
+        "SELECT coalesce(max(feature_id), -1) + 1 FROM features"
+    ).fetchall()
+    if n <= at_once:
+        _run(connection, f"INSERT INTO words {_select('TRUE')} {_ORDER}")
+        return
+    _run(connection, "CREATE TEMP TABLE unsorted_words AS FROM words")
+    for first in range(0, n, at_once):
+        part = f"feature_id >= {first} AND feature_id < {first + at_once}"
+        _run(connection, f"INSERT INTO unsorted_words {_select(part)}")
+    _run(connection, f"INSERT INTO words FROM unsorted_words {_ORDER}")
+    _run(connection, "DROP TABLE unsorted_words")
+
+
+def _run(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
+    connection.execute(sql).fetchall()
 
 
 def words_in(text: str) -> str:
@@ -42,23 +61,28 @@ _PEAK = f"""
     ELSE '' END
 """
 
-_INSERT = f"""
-INSERT INTO words
+_ORDER = "ORDER BY word, field, sae_id, feature_id"
+
+
+def _select(part: str) -> str:
+    """SQL: rows of `words`. part: a condition on feature_id that holds for the features meant."""
+    features = f"(FROM features WHERE {part})"
+    return f"""
 WITH shown AS (
-    SELECT *, rowid AS example FROM contexts WHERE kind <> 'negative'
+    SELECT *, rowid AS example FROM contexts WHERE kind <> 'negative' AND {part}
 ), n_shown AS (
     SELECT sae_id, feature_id, count(*) AS n_contexts FROM shown GROUP BY ALL
 )
 SELECT word, field, sae_id, feature_id, weight, example FROM (
-    {label_words("features")}
+    {label_words(features)}
     UNION ALL
     SELECT word, 'token', sae_id, feature_id,
         {TOKEN_WEIGHT} * sum(used.n_active) / any_value(features.n_active), NULL
-    FROM (SELECT *, unnest({words_in("token")}) AS word FROM feature_tokens) AS used
+    FROM (SELECT *, unnest({words_in("token")}) AS word FROM feature_tokens WHERE {part}) AS used
     JOIN features USING (sae_id, feature_id) GROUP BY word, sae_id, feature_id
     UNION ALL
     SELECT DISTINCT unnest({words_in("token")}), 'promoted', sae_id, feature_id, 1, NULL
-    FROM feature_logits WHERE sign = 1
+    FROM feature_logits WHERE sign = 1 AND {part}
     UNION ALL
     SELECT word, field, sae_id, feature_id, any_value(weight) * count(*) / any_value(n_contexts),
         min(example)
@@ -72,5 +96,4 @@ SELECT word, field, sae_id, feature_id, weight, example FROM (
     GROUP BY word, field, sae_id, feature_id
 )
 WHERE word <> ''
-ORDER BY word, field, sae_id, feature_id
 """

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shutil
 from pathlib import Path
 
 import duckdb
@@ -15,6 +16,7 @@ from feature_db import (
     IndexProgress,
     build_index,
 )
+from feature_db.words import write_words
 from sae import SAE, BatchTopKConfig, EvalConfig, Origin, StorageError, TopKConfig, evaluate
 
 from .conftest import HOOKPOINT, World, random_sae, small_config, tiny_lm
@@ -223,3 +225,12 @@ def test_the_database_says_what_made_it(world: World) -> None:
         meta = dict(connection.execute("SELECT key, value FROM meta").fetchall())
     assert meta["cache_fingerprint"] == world.cache.fingerprint_hash
     assert json.loads(meta["config"])["n_top"] == 6
+
+
+def test_words_in_ranges_are_those_at_once(world: World, tmp_path: Path) -> None:
+    path = shutil.copy(world.path, tmp_path / "db.duckdb")
+    with duckdb.connect(str(path)) as connection:
+        at_once = connection.execute("FROM words").fetchall()
+        write_words(connection, at_once=10)
+        assert connection.execute("FROM words").fetchall() == at_once
+        assert len(at_once) > 100
