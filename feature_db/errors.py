@@ -9,6 +9,7 @@ FeatureDBError                the root; a ValueError
 ├── QueryError                SQL that DuckDB refuses, or that fails while it runs
 │   └── QueryLimitError       untrusted SQL that takes more time, memory or room than it may
 ├── NotFoundError             a feature id, SAE or count that the database doesn't hold
+├── ExportError               what is to be exported, or where to, can't be
 ├── MeaningError              an embedding model that can't be used, or has no vectors here
 └── LabelError                a label, or a file of labels, that can't be used
     └── EndpointError         the language model that labels can't be used, or not any longer
@@ -49,6 +50,10 @@ class QueryLimitError(QueryError):
 
 class NotFoundError(FeatureDBError):
     """The database holds no such feature, SAE or number of rows."""
+
+
+class ExportError(FeatureDBError):
+    """An unknown format, a place that is taken, or one that can't be written."""
 
 
 class MeaningError(FeatureDBError):

@@ -10,6 +10,7 @@ package imports none of them: `interp` registers `steer`.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
@@ -93,6 +94,12 @@ class FeatureSet:
         """
         steered: AbstractContextManager[None] = _registered("steer")(self, lm, sae, strength)
         return steered
+
+    def export(self, out: str | Path, format: str, *, overwrite: bool = False) -> Path:  # noqa: A002
+        """Write these features: `feature_db.export`. Raises: ExportError."""
+        from .exchange import export
+
+        return export(self.db, out, format, self.ids, overwrite=overwrite)
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
