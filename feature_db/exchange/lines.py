@@ -42,8 +42,8 @@ def write_jsonl(
 ) -> None:
     """One JSON object a feature; compressed where the name wanted ends in .gz."""
     with _opened(path) as file:
-        for n, (sae_id, feature_id) in enumerate(ids, 1):
-            line = json.dumps(plain(db.feature(feature_id, sae_id)), ensure_ascii=False)
+        for n, page in enumerate(db.pages(ids), 1):
+            line = json.dumps(plain(page), ensure_ascii=False)
             file.write(line + "\n")
             on_exported(n, len(ids))
 
@@ -58,8 +58,8 @@ def write_csv(
     with _opened(path) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
-        for n, (sae_id, feature_id) in enumerate(ids, 1):
-            writer.writerow([_cell(value) for value in _flat(db.feature(feature_id, sae_id))])
+        for n, page in enumerate(db.pages(ids), 1):
+            writer.writerow([_cell(value) for value in _flat(page)])
             on_exported(n, len(ids))
 
 
@@ -98,7 +98,7 @@ def _cell(value: Any) -> Any:
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[str]]:
     if ".gz" in path.suffixes:
-        with gzip.open(path, "wt", encoding="utf-8", newline="") as file:
+        with gzip.open(path, "wt", 6, encoding="utf-8", newline="") as file:
             yield file
     else:
         with path.open("w", encoding="utf-8", newline="") as file:

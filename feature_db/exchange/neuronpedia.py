@@ -57,7 +57,7 @@ def write_neuronpedia(
             _write(home / f"{name}.jsonl", [row])
         for batch, first in enumerate(range(0, len(mine), _AT_ONCE)):
             some = mine[first : first + _AT_ONCE]
-            pages = [db.feature(feature_id, sae_id) for sae_id, feature_id in some]
+            pages = list(db.pages(some))
             for name, rows in (
                 ("features", [source.feature(page) for page in pages]),
                 ("activations", [row for page in pages for row in source.activations(page)]),

@@ -45,8 +45,8 @@ def write_page(
                 f"<td>{html_text(label or '—')}</td><td class=n>{density:.3%}</td></tr>\n"
             )
         file.write("</table></nav>\n")
-        for n, (sae_id, feature_id) in enumerate(ids, 1):
-            file.write(_section(db.feature(feature_id, sae_id)))
+        for n, page in enumerate(db.pages(ids), 1):
+            file.write(_section(page))
             on_exported(n, len(ids))
         file.write("</body></html>\n")
 

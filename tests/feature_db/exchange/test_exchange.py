@@ -186,7 +186,7 @@ def test_what_is_there_stays_until_the_new_is_whole(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(FeatureDB, "feature", fails)
+        patched.setattr(FeatureDB, "pages", fails)
         patched.setattr(FeatureDB, "saes", fails)
         patched.setattr("feature_db.exchange.tables.write_json", fails)
         with pytest.raises(ExportError, match="No space left on device; choose another"):
