@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from made_codes import made_codes, made_rows
 from machine import arguments, show
+from made_codes import made_codes, made_rows
 
 _HERE = Path(__file__).parent
 _BLOCK = 256
