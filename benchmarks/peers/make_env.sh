@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # An environment of its own for a peer that a benchmark runs: .venv-peers/PEER, not under git.
 #
-#     benchmarks/peers/make_env.sh sae-lens|eai-sparsify|dictionary-learning [==VERSION]
+#     benchmarks/peers/make_env.sh sae-lens|eai-sparsify|dictionary-learning|eai-delphi [==VERSION]
 #     benchmarks/peers/make_env.sh all
 #
 # torch comes first and stays: any looser request pulls gigabytes of CUDA packages on Linux.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-peer=${1:?name a peer: sae-lens, eai-sparsify, dictionary-learning, or all}
+peer=${1:?name a peer: sae-lens, eai-sparsify, dictionary-learning, eai-delphi, or all}
 version=${2:-}
 if [ "$peer" = all ]; then
-    for each in sae-lens eai-sparsify dictionary-learning; do "benchmarks/peers/make_env.sh" "$each"; done
+    for each in sae-lens eai-sparsify dictionary-learning eai-delphi; do "benchmarks/peers/make_env.sh" "$each"; done
     exit
 fi
 torch=$(grep '^torch==' constraints.txt)
@@ -18,7 +18,15 @@ folder=.venv-peers/$peer
 "${PYTHON:-python3}" -m venv "$folder"
 pip=("$folder/bin/python" -m pip install --quiet --disable-pip-version-check)
 "${pip[@]}" "$torch"
-"${pip[@]}" --constraint <(echo "$torch") "$peer$version"
+if [ "$peer" = eai-delphi ]; then
+    # It asks for vllm and bitsandbytes, which pull CUDA; what reads codes needs these alone.
+    "${pip[@]}" --no-deps "$peer${version:-==0.1.3}" sentence_transformers
+    "${pip[@]}" --constraint <(echo "$torch") \
+        aiofiles asyncer beartype blobfile faiss-cpu fire jaxtyping orjson psutil safetensors \
+        scikit-learn simple_parsing transformers httpx2
+else
+    "${pip[@]}" --constraint <(echo "$torch") "$peer$version"
+fi
 if [ "$peer" = dictionary-learning ]; then
     # nnsight pulls in a torchvision built for CUDA, which the CPU's torch can't load; transformers
     # imports it wherever it finds it, and then dictionary_learning imports no more.
