@@ -4,8 +4,8 @@ one asks of it costs.
     python benchmarks/scale.py --n-features 1000000 --db /tmp/scale.duckdb [--memory 3GB] [--json]
     python benchmarks/scale.py --db /tmp/scale.duckdb --ask            # only the questions
 
-Rows are synthetic and shaped like real ones: contexts of 33 tokens drawn by Zipf's law from the
-demo model's vocabulary, acts on a few of them, ten tokens by lift, twenty beside, twenty logits, a
+Rows are synthetic and shaped like real ones: contexts of 33 tokens drawn by Zipf's law from a
+model's vocabulary, acts on a few of them, ten tokens by lift, twenty beside, twenty logits, a
 histogram, neighbours, companions, labels. They go through the index's own writing, bucket by bucket
 of 1,024 features, and its own table of words. The peak of memory is the kernel's (VmHWM).
 """
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--n-contexts", type=int, default=20)
     parser.add_argument("--memory", default="3GB", help="DuckDB's own limit")
     parser.add_argument("--n-requests", type=int, default=1000)
+    parser.add_argument("--model", default="demo", help="whose vocabulary the texts are made of")
     parser.add_argument("--db", type=Path, required=True)
     parser.add_argument("--ask", action="store_true", help="the database is there")
     args = parser.parse_args()
@@ -59,7 +60,7 @@ def main() -> None:
 
 def made(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Write the database. Returns: seconds and bytes of its steps."""
-    texts = pa.array(vocabulary(LanguageModel.load("demo")), pa.string())
+    texts = pa.array(vocabulary(LanguageModel.load(args.model)), pa.string())
     rng, started, steps = np.random.default_rng(0), time.perf_counter(), []
     with new_database(args.db) as connection:
         for setting in ("threads = 1", f"memory_limit = '{args.memory}'"):
@@ -94,7 +95,7 @@ def sae_row(n_features: int) -> pa.Table:
     row = {
         "sae_id": 0,
         "name": "made",
-        "model": "demo",
+        "model": "made",
         "hookpoint": "layers.15.resid_post",
         "architecture": "topk",
         "d_in": 576,
