@@ -18,6 +18,7 @@ from .errors import (
     DatabaseBusyError,
     DatabaseExistsError,
     EndpointError,
+    ExportError,
     FeatureDBError,
     IndexingError,
     LabelError,
@@ -28,6 +29,7 @@ from .errors import (
     QueryLimitError,
     SchemaVersionError,
 )
+from .exchange import ExportProgress, NeuronpediaNames, export
 from .explanations import carry_explanations
 from .feature import Coactivation, Context, Feature, HistogramBin, LogitEffect, Neighbor, TokenLift
 from .feature_set import FeatureSet
@@ -55,6 +57,8 @@ __all__ = [
     "DatabaseExistsError",
     "Endpoint",
     "EndpointError",
+    "ExportError",
+    "ExportProgress",
     "Feature",
     "FeatureDB",
     "FeatureDBError",
@@ -72,6 +76,7 @@ __all__ = [
     "LogitEffect",
     "MeaningError",
     "Neighbor",
+    "NeuronpediaNames",
     "NotFoundError",
     "OpenError",
     "QueryError",
@@ -83,6 +88,7 @@ __all__ = [
     "build_index",
     "carry_explanations",
     "estimate_labels",
+    "export",
     "index_parts",
     "label_features",
     "read_label_file",

@@ -8,6 +8,7 @@ FeatureDBError                the root; a ValueError
 │   └── DatabaseBusyError     it is open elsewhere, in a way that keeps this one out
 ├── QueryError                SQL that DuckDB refuses, or that fails while it runs
 │   └── QueryLimitError       untrusted SQL that takes more time, memory or room than it may
+├── ExportError               an export that can't be written there, or so
 ├── NotFoundError             a feature id, SAE or count that the database doesn't hold
 ├── MeaningError              an embedding model that can't be used, or has no vectors here
 └── LabelError                a label, or a file of labels, that can't be used
@@ -45,6 +46,10 @@ class QueryError(FeatureDBError):
 
 class QueryLimitError(QueryError):
     """Untrusted SQL passed one of its `SqlLimits`, or brought its process down."""
+
+
+class ExportError(FeatureDBError):
+    """The path of an export is taken, the disk refuses, or the format can't hold what is asked."""
 
 
 class NotFoundError(FeatureDBError):

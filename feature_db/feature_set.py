@@ -10,12 +10,14 @@ package imports none of them: `interp` registers `steer`.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 from rich.console import Console, ConsoleOptions, RenderResult
 
 from .errors import FeatureDBError, NotFoundError
+from .exchange import Format, export
 from .feature import Feature
 from .result import Result
 
@@ -93,6 +95,11 @@ class FeatureSet:
         """
         steered: AbstractContextManager[None] = _registered("steer")(self, lm, sae, strength)
         return steered
+
+    def export(self, out: str | Path, format: Format, **options: Any) -> Path:  # noqa: A002
+        """These features as parquet, jsonl, csv, labels, neuronpedia or html; options are those of
+        `feature_db.exchange.export`. Raises: ExportError; NotFoundError for an empty set."""
+        return export(self.db, out, format, self.ids, **options)
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
