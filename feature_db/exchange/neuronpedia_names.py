@@ -18,18 +18,24 @@ class NeuronpediaNames(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model_id: str | None = Field(
-        None, pattern=_SLUG, description="Neuronpedia: id of the model there, such as gpt2-small."
+        default=None,
+        pattern=_SLUG,
+        description="Neuronpedia: id of the model there, such as gpt2-small.",
     )
     source_set: str | None = Field(
-        None, pattern=_SLUG, description="Neuronpedia: what SAEs of several layers share."
+        default=None, pattern=_SLUG, description="Neuronpedia: what SAEs of several layers share."
     )
     layer: int | None = Field(
-        None, ge=0, description="Neuronpedia: layer, where the hookpoint names none."
+        default=None, ge=0, description="Neuronpedia: layer, where the hookpoint names none."
     )
-    release: str = Field("saebase", pattern=_SLUG, description="Neuronpedia: id of the release.")
-    creator: str = Field("saebase", min_length=1, description="Neuronpedia: who made it.")
+    release: str = Field(
+        default="saebase", pattern=_SLUG, description="Neuronpedia: id of the release."
+    )
+    creator: str = Field(default="saebase", min_length=1, description="Neuronpedia: who made it.")
     creator_id: str = Field(
-        _DEFAULT_CREATOR_ID, min_length=1, description="Neuronpedia: id of the user it belongs to."
+        default=_DEFAULT_CREATOR_ID,
+        min_length=1,
+        description="Neuronpedia: id of the user it belongs to.",
     )
 
 

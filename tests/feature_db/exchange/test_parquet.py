@@ -76,7 +76,7 @@ def test_the_manifest_tells_what_is_there(db: FeatureDB, some: FeatureSet, tmp_p
 
 
 def test_features_of_one_sae_leave_the_other_one_out(world: World, tmp_path: Path) -> None:
-    saes = [world.sae, world.other]
+    saes = [world.other, world.sae]
     path = build_index(
         world.lm, saes, world.cache, out=tmp_path / "two.duckdb", config=small_config()
     )

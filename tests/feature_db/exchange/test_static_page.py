@@ -109,6 +109,6 @@ def test_a_page_has_a_largest_size(
     db: FeatureDB, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_FEATURES", 47)
-    with pytest.raises(ExportError, match="a page of 48 features .* choose 47 at most"):
+    with pytest.raises(ExportError, match=r"a page of 48 features .* choose 47 at most"):
         db.export(tmp_path / "p.html", "html")
     assert list(tmp_path.iterdir()) == []
