@@ -118,6 +118,8 @@ def _section(page: Feature, on_page: set[Pair]) -> Iterator[str]:
     yield f"<h2><b>{page.feature_id}</b> {html_text(page.shown_label)}</h2>"
     yield f'<p class="where">{html_text(f"{page.sae_name} at {page.hookpoint}")}</p>'
     yield _statistics(page)
+    highest = page.max_act
+    yield from _contexts("strongest contexts", page.top[:_N_OPEN], highest, is_open=True)
     yield '<div class="cards">'
     yield _card("active on", _lifts(page.tokens))
     yield _card("token before", _lifts(page.tokens_before))
@@ -127,8 +129,6 @@ def _section(page: Feature, on_page: set[Pair]) -> Iterator[str]:
     yield _card("nearest directions", _others(page, page.neighbors, on_page))
     yield _card("active together with", _others(page, page.coactivations, on_page))
     yield "</div>"
-    highest = page.max_act
-    yield from _contexts("strongest contexts", page.top[:_N_OPEN], highest, is_open=True)
     yield from _contexts("further strong contexts", page.top[_N_OPEN:], highest)
     yield from _contexts("contexts over all strengths", page.quantiles, highest)
     yield from _contexts("near misses: a neighbour is active, it is not", page.negatives, highest)
