@@ -28,7 +28,7 @@ from .explanations import (
     label_text,
     put_labels,
 )
-from .feature import Feature, load_feature
+from .feature import Feature, load_features
 from .feature_set import FeatureSet, Frame
 from .indexing.parts import parts_folder
 from .inputs import weights_hash
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 # Small queries of one feature, each of which is mostly planning.
 _SIDE_BY_SIDE = 4
+_PAGES_AT_ONCE = 256
 
 
 class FeatureDB:
@@ -175,11 +176,22 @@ class FeatureDB:
 
     def feature(self, feature_id: int, sae_id: int | None = None) -> Feature:
         """Everything about one feature. Raises: NotFoundError if there is no such feature."""
-        sae = self._sae(sae_id)
-        found = load_feature(self._ask, sae, feature_id, self.vocabulary())
-        if found is None:
-            raise NotFoundError(self._no_feature(feature_id, sae["sae_id"]))
-        return found
+        return next(self.pages([(self.require_sae(sae_id), feature_id)]))
+
+    def pages(self, ids: Sequence[tuple[int, int]]) -> Iterator[Feature]:
+        """Everything about many features, (sae_id, feature_id), in their order, a few hundred read
+        at once. Raises: NotFoundError for one that there isn't."""
+        for first in range(0, len(ids), _PAGES_AT_ONCE):
+            some = ids[first : first + _PAGES_AT_ONCE]
+            found: dict[tuple[int, int], Feature] = {}
+            for sae_id in dict.fromkeys(pair[0] for pair in some):
+                mine = list(dict.fromkeys(pair[1] for pair in some if pair[0] == sae_id))
+                pages = load_features(self._ask, self._sae(sae_id), mine, self.vocabulary())
+                found |= {(sae_id, feature_id): page for feature_id, page in pages.items()}
+            for sae_id, feature_id in some:
+                if (sae_id, feature_id) not in found:
+                    raise NotFoundError(self._no_feature(feature_id, sae_id))
+                yield found[sae_id, feature_id]
 
     def features(self, found: Frame | Sequence[int]) -> FeatureSet:
         """The features of a frame with feature_id (and sae_id, where there are several SAEs), or of

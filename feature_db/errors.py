@@ -8,8 +8,8 @@ FeatureDBError                the root; a ValueError
 │   └── DatabaseBusyError     it is open elsewhere, in a way that keeps this one out
 ├── QueryError                SQL that DuckDB refuses, or that fails while it runs
 │   └── QueryLimitError       untrusted SQL that takes more time, memory or room than it may
-├── ExportError               an export that can't be written there, or so
 ├── NotFoundError             a feature id, SAE or count that the database doesn't hold
+├── ExportError               what is to be exported, or where to, can't be
 ├── MeaningError              an embedding model that can't be used, or has no vectors here
 └── LabelError                a label, or a file of labels, that can't be used
     └── EndpointError         the language model that labels can't be used, or not any longer
@@ -48,12 +48,12 @@ class QueryLimitError(QueryError):
     """Untrusted SQL passed one of its `SqlLimits`, or brought its process down."""
 
 
-class ExportError(FeatureDBError):
-    """The path of an export is taken, the disk refuses, or the format can't hold what is asked."""
-
-
 class NotFoundError(FeatureDBError):
     """The database holds no such feature, SAE or number of rows."""
+
+
+class ExportError(FeatureDBError):
+    """An unknown format, a place that is taken, or one that can't be written."""
 
 
 class MeaningError(FeatureDBError):

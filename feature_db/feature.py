@@ -4,9 +4,9 @@ In: a feature's id. Out: a frozen record with its statistics, contexts, tokens, 
 and neighbours; in notebooks and terminals its contexts are shaded by activation.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -190,50 +190,74 @@ class Feature:
                 yield Text(f"{_strength(c)}  ") + shaded
 
 
-def load_feature(
-    ask: Ask, sae: Mapping[str, Any], feature_id: int, vocabulary: Sequence[str]
-) -> Feature | None:
-    """Read one feature; None if there is no such.
+def load_features(
+    ask: Ask, sae: Mapping[str, Any], feature_ids: Sequence[int], vocabulary: Sequence[str]
+) -> dict[int, Feature]:
+    """Read features of one SAE, by id; those that there aren't are left out.
 
     ask: runs queries side by side, gives the rows of each. sae: its row of `saes`. vocabulary: each
     token's text.
     """
-    where, ids = "WHERE sae_id = ? AND feature_id = ?", [sae["sae_id"], feature_id]
+    which, asked = "feature_id = ?", feature_ids[0] if len(feature_ids) == 1 else feature_ids
+    if asked is feature_ids:
+        which = "feature_id IN (SELECT unnest(?::INTEGER[]))"
+    where, ids = f"WHERE sae_id = ? AND {which}", [sae["sae_id"], asked]
     answers = ask([f"SELECT * FROM {table} {where}" for table in _TABLES], ids)
-    found, bins, *ranked = answers
-    if not found:
-        return None
-    by_rank = {
-        table: sorted(rows, key=itemgetter("rank"))
-        for table, rows in zip(_TABLES[2:], ranked, strict=True)
+    rows = {name: _by_feature(found) for name, found in zip(_TABLES, answers, strict=True)}
+    near, together = rows["neighbors"], rows["coactivations"]
+    others = {row["neighbor_id"] for found in near.values() for row in found}
+    others |= {row["other_id"] for found in together.values() for row in found}
+    labels = _labels(ask, sae["sae_id"], sorted(others))
+    return {
+        feature_id: _feature(
+            sae, {name: of[feature_id] for name, of in rows.items()}, labels, vocabulary
+        )
+        for feature_id in feature_ids
+        if feature_id in rows["features"]
     }
-    contexts = [_context(row, vocabulary) for row in by_rank["contexts"]]
-    logits, nearby = by_rank["feature_logits"], by_rank["feature_nearby_tokens"]
-    near, together = by_rank["neighbors"], by_rank["coactivations"]
-    others = [row["neighbor_id"] for row in near] + [row["other_id"] for row in together]
-    labels = _labels(ask, sae["sae_id"], others)
+
+
+def _feature(
+    sae: Mapping[str, Any],
+    rows: Mapping[str, Sequence[dict[str, Any]]],
+    labels: Mapping[int, str | None],
+    vocabulary: Sequence[str],
+) -> Feature:
+    """rows: of each table, those of the feature. labels: of other features."""
     names = Feature.__dataclass_fields__
+    contexts = [_context(row, vocabulary) for row in rows["contexts"]]
+    logits, nearby = rows["feature_logits"], rows["feature_nearby_tokens"]
+    bins = (HistogramBin(row["lo"], row["hi"], row["n"]) for row in rows["feature_histogram"])
     return Feature(
-        **{name: value for name, value in found[0].items() if name in names},
+        **{name: value for name, value in rows["features"][0].items() if name in names},
         sae_name=sae["name"],
         hookpoint=sae["hookpoint"],
         top=tuple(c for c in contexts if c.kind == "top"),
         quantiles=tuple(c for c in contexts if c.kind == "quantile"),
         negatives=tuple(c for c in contexts if c.kind == "negative"),
-        tokens=_token_lifts(by_rank["feature_tokens"]),
+        tokens=_token_lifts(rows["feature_tokens"]),
         tokens_before=_token_lifts(row for row in nearby if row["place"] == -1),
         tokens_after=_token_lifts(row for row in nearby if row["place"] == 1),
         promoted=_effects(logits, 1),
         suppressed=_effects(logits, -1),
-        histogram=tuple(sorted(HistogramBin(row["lo"], row["hi"], row["n"]) for row in bins)),
+        histogram=tuple(sorted(bins)),
         neighbors=tuple(
-            Neighbor(row["neighbor_id"], row["cosine"], labels[row["neighbor_id"]]) for row in near
+            Neighbor(row["neighbor_id"], row["cosine"], labels[row["neighbor_id"]])
+            for row in rows["neighbors"]
         ),
         coactivations=tuple(
             Coactivation(row["other_id"], row["n_both"], row["npmi"], labels[row["other_id"]])
-            for row in together
+            for row in rows["coactivations"]
         ),
     )
+
+
+def _by_feature(found: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    """Rows of each feature, by rank where they have one."""
+    grouped = defaultdict[int, list[dict[str, Any]]](list)
+    for row in sorted(found, key=lambda row: row.get("rank", 0)):
+        grouped[row["feature_id"]].append(row)
+    return grouped
 
 
 def sparkline(histogram: Sequence[HistogramBin]) -> str:

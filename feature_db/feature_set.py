@@ -74,7 +74,7 @@ class FeatureSet:
         return len(self.ids)
 
     def __iter__(self) -> Iterator[Feature]:
-        return (self.db.feature(feature_id, sae_id) for sae_id, feature_id in self.ids)
+        return self.db.pages(self.ids)
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{sae_id}:{feature_id}" for sae_id, feature_id in self.ids[:8])

@@ -48,8 +48,7 @@ def write_html(chosen: Chosen, out: Path, overwrite: bool) -> None:
     on_page = {(each.sae_id, each.feature_id) for each in listed}
     with new_file(out, overwrite=overwrite) as file:
         file.write(_head(chosen, listed).encode())
-        for i, (sae_id, feature_id) in enumerate(chosen.ids):
-            page = chosen.db.feature(feature_id, sae_id)
+        for i, page in enumerate(chosen.db.pages(chosen.ids)):
             file.write("".join(f"{part}\n" for part in _section(page, on_page)).encode())
             chosen.tell(i + 1)
         file.write(b"</main>\n</body>\n</html>\n")

@@ -1,5 +1,6 @@
 """A tiny random GPT-2, a real cache of it and two real SAEs, made once for all tests here."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -124,3 +125,9 @@ def small_config(**changes: object) -> IndexConfig:
 def db(world: World) -> "Iterator[FeatureDB]":
     with FeatureDB.open(world.path) as opened:
         yield opened
+
+
+@pytest.fixture
+def world_copy(world: World, tmp_path: Path) -> Path:
+    """A copy of the world's database, to write into."""
+    return Path(shutil.copy(world.path, tmp_path / "db.duckdb"))

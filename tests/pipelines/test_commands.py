@@ -25,6 +25,7 @@ VERBS = [
     "doctor",
     "embed",
     "evaluate",
+    "export",
     "finetune",
     "harvest",
     "index",
