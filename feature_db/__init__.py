@@ -29,7 +29,7 @@ from .errors import (
     QueryLimitError,
     SchemaVersionError,
 )
-from .exchange import export
+from .exchange import ExportProgress, NeuronpediaNames, export
 from .explanations import carry_explanations
 from .feature import Coactivation, Context, Feature, HistogramBin, LogitEffect, Neighbor, TokenLift
 from .feature_set import FeatureSet
@@ -58,6 +58,7 @@ __all__ = [
     "Endpoint",
     "EndpointError",
     "ExportError",
+    "ExportProgress",
     "Feature",
     "FeatureDB",
     "FeatureDBError",
@@ -75,6 +76,7 @@ __all__ = [
     "LogitEffect",
     "MeaningError",
     "Neighbor",
+    "NeuronpediaNames",
     "NotFoundError",
     "OpenError",
     "QueryError",

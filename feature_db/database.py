@@ -19,6 +19,7 @@ from .activations import activations_view
 from .active import ActiveFeatures, active_features, text_codes
 from .embedders import Embed, Embedder
 from .errors import NotFoundError, OpenError, QueryError
+from .exchange import Format, export
 from .explanations import (
     BEST_FIRST,
     FeatureLabel,
@@ -196,6 +197,11 @@ class FeatureDB:
         """The features of a frame with feature_id (and sae_id, where there are several SAEs), or of
         a list of ids: to look at, steer by or export. Raises: NotFoundError."""
         return FeatureSet.of(self, found)
+
+    def export(self, out: str | Path, format: Format, **options: Any) -> Path:  # noqa: A002
+        """All features, or those that are said, as parquet, jsonl, csv, labels, neuronpedia or
+        html. options: those of `feature_db.exchange.export`."""
+        return export(self, out, format, **options)
 
     def embed(self, model: str | Path | Embed, on_embedded: OnEmbedded | None = None) -> int:
         """Keep what an embedding model makes of every feature, for `search(meaning=model)`.

@@ -17,6 +17,7 @@ import pyarrow as pa
 from rich.console import Console, ConsoleOptions, RenderResult
 
 from .errors import FeatureDBError, NotFoundError
+from .exchange import Format, export
 from .feature import Feature
 from .result import Result
 
@@ -95,11 +96,10 @@ class FeatureSet:
         steered: AbstractContextManager[None] = _registered("steer")(self, lm, sae, strength)
         return steered
 
-    def export(self, out: str | Path, format: str, *, overwrite: bool = False) -> Path:  # noqa: A002
-        """Write these features: `feature_db.export`. Raises: ExportError."""
-        from .exchange import export
-
-        return export(self.db, out, format, self.ids, overwrite=overwrite)
+    def export(self, out: str | Path, format: Format, **options: Any) -> Path:  # noqa: A002
+        """These features as parquet, jsonl, csv, labels, neuronpedia or html; options are those of
+        `feature_db.exchange.export`. Raises: ExportError; NotFoundError for an empty set."""
+        return export(self.db, out, format, self.ids, **options)
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()

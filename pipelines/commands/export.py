@@ -1,63 +1,111 @@
-"""`saebase export`: features of a database, in the formats that others read."""
+"""The verb that writes features in other formats: export."""
 
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
 
+import pyarrow as pa
 from cyclopts import Parameter
 
-from feature_db import FeatureDB
-from feature_db.exchange import FORMATS
-from feature_db.exchange import export as export_features
+from feature_db import ExportProgress, FeatureDB, NeuronpediaNames, visible
+from feature_db.exchange import Format
 
 from ..cli import app, console
 from ..errors import PipelineError
+from ..interruption import stop_asked
 from ..progress import StageProgress
-from .arguments import DEFAULT_DATABASE, Database, Local, SaeId
+from .arguments import DEFAULT_DATABASE, Database, SaeId
+
+Pairs = list[tuple[int, int]]
+_NEXT = {
+    "labels": "saebase label --import {out} --db another.duckdb",
+    "parquet": "python -c \"import duckdb; print(duckdb.sql('FROM {out}/features.parquet'))\"",
+    "html": "open {out} in a browser",
+}
 
 
 @app.command
 def export(
-    *,
-    out: Annotated[Local, Parameter(help="File or folder to write.")],
-    format: Annotated[  # noqa: A002
-        str, Parameter(help=f"One of {', '.join(FORMATS)}.")
-    ],
     db: Database = DEFAULT_DATABASE,
-    feature: Annotated[
-        list[int] | None, Parameter(negative=(), consume_multiple=True, help="Feature ids.")
-    ] = None,
+    *,
+    out: Annotated[
+        Path, Parameter(help="Folder (parquet, neuronpedia) or file to make; .gz compresses.")
+    ],
+    kind: Annotated[Format, Parameter(name=["--format"], help="What to write.")],
     features: Annotated[
-        str | None, Parameter(help="SQL that gives feature_id, and sae_id where there are several.")
+        str | None, Parameter(help="SQL that gives feature_id; all features without it.")
+    ] = None,
+    feature: Annotated[
+        list[int] | None, Parameter(help="One feature; say it again for more.", negative=())
     ] = None,
     sae_id: SaeId = None,
-    overwrite: Annotated[bool, Parameter(negative=(), help="Replace what is there.")] = False,
+    overwrite: Annotated[
+        bool, Parameter(negative=(), help="Replace what an earlier export wrote.")
+    ] = False,
+    names: Annotated[NeuronpediaNames, Parameter(name="*")] = NeuronpediaNames(),  # noqa: B008
 ) -> None:
-    """Write features as Parquet, JSONL, CSV, one HTML page, or in Neuronpedia's layout.
+    """Write features as Parquet, JSONL, CSV, labels, Neuronpedia's files or a page of HTML.
 
-    All of them, unless --feature or --features says which.
+    It is there whole or not at all. --sae-id alone exports one SAE of several.
     """
-    if feature and features:
-        raise PipelineError("--feature and --features: say which features in one way")
-    with FeatureDB.open(db) as opened, StageProgress(console, "export", "features") as progress:
-        ids: list[tuple[int, int]] | None = None
-        if features:
-            ids = list(opened.sql(features).features().ids)
-        elif feature:
-            number = opened.require_sae(sae_id)
-            table = opened.sql(
-                "SELECT unnest(?::INTEGER[]) AS feature_id, ? AS sae_id", [feature, number]
+    is_named = kind == "neuronpedia" or names != NeuronpediaNames()
+    with FeatureDB.open(db, external_access=False) as opened:
+        chosen = _chosen(opened, features, feature, sae_id)
+        with StageProgress(console, "export", "features") as progress, stop_asked() as should_stop:
+
+            def show(p: ExportProgress) -> None:
+                progress.update(p.n_done, p.n_total, unit=p.unit)
+                if should_stop():
+                    raise KeyboardInterrupt
+
+            opened.export(
+                out,
+                kind,
+                features=chosen,
+                overwrite=overwrite,
+                on_progress=show,
+                neuronpedia=names if is_named else None,
             )
-            ids = list(table.features().ids)
-        elif sae_id is not None:
-            sql = "SELECT sae_id, feature_id FROM features WHERE sae_id = ? ORDER BY ALL"
-            ids = opened.sql(sql, [opened.require_sae(sae_id)]).fetchall()
-        made = export_features(
-            opened, out, format, ids, overwrite=overwrite, on_exported=progress.update
-        )
-    console.print(f"{quote(str(made))}: {_size(made) / 1e6:,.1f} MB", highlight=False)
+    _tell(out, kind)
 
 
-def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
+def _chosen(
+    db: FeatureDB, sql: str | None, ids: list[int] | None, sae_id: int | None
+) -> Pairs | None:
+    """(sae_id, feature_id) of the features meant; None for all."""
+    if sql is not None and ids:
+        raise PipelineError("--features SQL and --feature ID both choose features: give one")
+    if sql is not None:
+        return _of_sql(db, sql, sae_id)
+    if ids:
+        wanted = db.require_sae(sae_id)
+        return [(wanted, feature_id) for feature_id in ids]
+    if sae_id is None:
+        return None
+    wanted = db.require_sae(sae_id)
+    rows = db.sql("SELECT feature_id FROM features WHERE sae_id = ? ORDER BY 1", [wanted])
+    return [(wanted, feature_id) for (feature_id,) in rows]
+
+
+def _of_sql(db: FeatureDB, sql: str, sae_id: int | None) -> Pairs:
+    if not sql.strip(" ;\n\t"):
+        raise PipelineError("--features is empty: give SQL such as SELECT feature_id FROM features")
+    table = db.sql(sql).arrow()
+    if sae_id is None:
+        return list(db.features(table).ids)
+    wanted = db.require_sae(sae_id)
+    if "sae_id" not in table.column_names:
+        table = table.append_column("sae_id", pa.array([wanted] * len(table), pa.int32()))
+    return [pair for pair in db.features(table).ids if pair[0] == wanted]
+
+
+def _tell(out: Path, kind: str) -> None:
+    files = [path for path in out.rglob("*") if path.is_file()] if out.is_dir() else [out]
+    megabytes = sum(path.stat().st_size for path in files) / 1e6
+    count = f" in {len(files)} files" if out.is_dir() else ""
+    line = f"  {visible(str(out))}: {kind}, {megabytes:,.1f} MB{count}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if kind in _NEXT:
+        console.print("[dim]next:[/] ", end="")
+        command = visible(_NEXT[kind].format(out=quote(str(out))))
+        console.print(command, highlight=False, markup=False, soft_wrap=True)
