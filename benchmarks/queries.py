@@ -59,7 +59,9 @@ def requests(db: FeatureDB) -> dict[str, Callable[[], Any]]:
     alive = [row[0] for row in db.sql("SELECT feature_id FROM features WHERE NOT is_dead")]
     texts = db.sql("SELECT text FROM contexts USING SAMPLE 2000 ROWS (reservoir, 0)").fetchall()
     words = [word for (text,) in texts for word in re.findall(r" ([a-z]{4,}) ", text)[:1]]
+    words = words or ["the"]
     pairs = [pair for (text,) in texts for pair in re.findall(r" ([a-z]{3,} [a-z]{3,}) ", text)[:1]]
+    pairs = pairs or ["of the"]
     return {
         "a feature's page": lambda: db.feature(rng.choice(alive)),
         "neighbors": lambda: db.neighbors(rng.choice(alive)),

@@ -101,8 +101,10 @@ def embed(
         StageProgress(console, "embed", "features") as progress,
     ):
         n = features.embed(model, progress.update)
-    console.print(f"{n:,} features of {db}: vectors of {model} kept", highlight=False)
-    console.print(f'[dim]next:[/] saebase search "..." --meaning {model} --db {db}')
+    console.print(
+        f"{n:,} features of {db}: vectors of {model} kept", highlight=False, soft_wrap=True
+    )
+    console.print(f'[dim]next:[/] saebase search "..." --meaning {model} --db {db}', soft_wrap=True)
 
 
 @app.command

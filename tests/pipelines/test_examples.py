@@ -91,6 +91,7 @@ def test_architectures_are_compared_at_equal_l0(
     assert "to" in rows[0]["FVU"]
 
 
+@pytest.mark.slow
 def test_known_truth_is_scored(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,6 +113,38 @@ def test_known_features_are_learnt_from_a_written_world(
     (line,) = [json.loads(each) for each in capsys.readouterr().out.splitlines()]
     assert line["what"] == "saebase, batch_topk"
     assert 0 < line["matched_cosine"] < 1
+
+
+def test_counting_is_told_share_by_share(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a process of its own: benchmarks/counting.py."""
+    few = ("--n-tokens", 4096, "--d-sae", 256, "--k", 4, "--repeat", 1, "--json")
+    call("benchmarks/index.py", "--synthetic", *few, monkeypatch=monkeypatch)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) > 5
+    assert {line["benchmark"] for line in lines} == {"index, counting"}
+
+
+def test_many_features_are_made_and_asked(
+    small_run: SmallRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    few = ("--n-features", 1100, "--n-contexts", 3, "--n-requests", 2, "--memory", "500MB")
+    places = ("--model", small_run.model, "--db", tmp_path / "scale.duckdb", "--json")
+    call("benchmarks/scale.py", *few, *places, monkeypatch=monkeypatch)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {line["benchmark"] for line in lines} == {"scale", "queries"}
+
+
+def test_an_index_beside_peers_needs_their_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = ("--delphi", tmp_path / "python", "--n-tokens", 512, "--d-sae", 64, "--k", 4)
+    with pytest.raises((SystemExit, OSError), match="python"):
+        call("benchmarks/index_peers.py", *missing, "--repeat", 1, monkeypatch=monkeypatch)
 
 
 def test_a_gpu_step_needs_a_gpu(
