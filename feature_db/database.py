@@ -2,9 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import repeat
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -28,13 +26,14 @@ from .explanations import (
     label_text,
     put_labels,
 )
-from .feature import Feature, load_features
+from .feature import Feature, features_of
 from .feature_set import FeatureSet, Frame
 from .indexing.parts import parts_folder
 from .inputs import weights_hash
 from .label_file import LabelRow, label_of
 from .meaning import Meanings, OnEmbedded, nearest, require_meanings, write_meanings
 from .opening import connected, one_line, version_of
+from .pages import Pages
 from .result import Result
 from .schema import check_version, migrate
 from .search import (
@@ -53,8 +52,6 @@ from .untrusted import Params, SqlLimits, run_untrusted
 if TYPE_CHECKING:
     from activation_cache import LanguageModel
 
-# Small queries of one feature, each of which is mostly planning.
-_SIDE_BY_SIDE = 4
 _PAGES_AT_ONCE = 256
 
 
@@ -70,8 +67,9 @@ class FeatureDB:
         """activations: SQL that makes the view of that name, which each cursor needs anew."""
         self._connection, self._activations = connection, activations
         self._vocabulary: Sequence[str] | None = None
+        self._saes: list[dict[str, Any]] | None = None
         self._meanings: dict[str, Meanings] = {}
-        self._threads = ThreadPoolExecutor(_SIDE_BY_SIDE, "feature-db")
+        self._pages = Pages(self._rows)
         self.path = path
 
     @classmethod
@@ -112,7 +110,8 @@ class FeatureDB:
 
     def close(self) -> None:
         """Close the database; results already fetched stay usable."""
-        self._threads.shutdown()
+        self._pages.close()
+        self._saes = None  # so that whoever asks on is told
         self._connection.close()
 
     def __enter__(self) -> "FeatureDB":
@@ -186,7 +185,8 @@ class FeatureDB:
             found: dict[tuple[int, int], Feature] = {}
             for sae_id in dict.fromkeys(pair[0] for pair in some):
                 mine = list(dict.fromkeys(pair[1] for pair in some if pair[0] == sae_id))
-                pages = load_features(self._ask, self._sae(sae_id), mine, self.vocabulary())
+                sae, rows = self._sae(sae_id), self._pages.rows(sae_id, mine)
+                pages = features_of(sae, rows, self.vocabulary())
                 found |= {(sae_id, feature_id): page for feature_id, page in pages.items()}
             for sae_id, feature_id in some:
                 if (sae_id, feature_id) not in found:
@@ -403,12 +403,6 @@ class FeatureDB:
         except duckdb.Error as error:
             raise QueryError(self._explained(str(error))) from None
 
-    def _ask(self, queries: Sequence[str], params: Params) -> list[list[dict[str, Any]]]:
-        """The rows of several queries of the same parameters, run side by side."""
-        if len(queries) == 1:
-            return [self._rows(queries[0], params)]
-        return list(self._threads.map(self._rows, queries, repeat(params)))
-
     def _explained(self, message: str) -> str:
         """DuckDB's message in one line; where a table is unknown, with those that there are."""
         message = one_line(message)
@@ -424,7 +418,7 @@ class FeatureDB:
 
     def _sae(self, sae_id: int | None) -> dict[str, Any]:
         """The row of the SAE meant. Raises: NotFoundError."""
-        saes = self._rows("SELECT sae_id, name, hookpoint FROM saes ORDER BY sae_id")
+        saes = self._all_saes()
         for row in saes:
             if row["sae_id"] == sae_id or (sae_id is None and len(saes) == 1):
                 return row
@@ -433,12 +427,18 @@ class FeatureDB:
             raise NotFoundError(f"{self.path} holds {len(saes)} SAEs: pass sae_id, one of {names}")
         raise NotFoundError(f"{self.path} has no SAE {sae_id}: pass sae_id, one of {names}")
 
+    def _all_saes(self) -> list[dict[str, Any]]:
+        """The rows of `saes`, which nothing changes while a database is open."""
+        if self._saes is None:
+            self._saes = self._rows("SELECT * FROM saes ORDER BY sae_id")
+        return self._saes
+
     def sae_id_of(self, sae: SAE) -> int:
         """The number of an SAE here. Raises: NotFoundError if the database wasn't made of it."""
         return int(self._row_of(sae)["sae_id"])
 
     def _d_sae(self, sae_id: int) -> int:
-        return int(self._rows("SELECT d_sae FROM saes WHERE sae_id = ?", [sae_id])[0]["d_sae"])
+        return int(self._sae(sae_id)["d_sae"])
 
     def _no_feature(self, feature_id: int, sae_id: int) -> str:
         return (
@@ -452,7 +452,7 @@ class FeatureDB:
 
     def _row_of(self, sae: SAE) -> dict[str, Any]:
         """The row of `saes` that was made from exactly this SAE."""
-        saes = self._rows("SELECT * FROM saes ORDER BY sae_id")
+        saes = self._all_saes()
         digest = weights_hash(sae)
         for row in saes:
             if row["weights_hash"] == digest:

@@ -5,30 +5,19 @@ and neighbours; in notebooks and terminals its contexts are shaded by activation
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from .pages import Rows
 from .shading import html_block, html_text, shaded_html, shaded_text
 from .token_text import quoted, visible
 
 _SHOWN_CONTEXTS = 10
 _BARS = " ▁▂▃▄▅▆▇█"
-_TABLES = (
-    "features",
-    "feature_histogram",
-    "contexts",
-    "feature_logits",
-    "feature_tokens",
-    "feature_nearby_tokens",
-    "neighbors",
-    "coactivations",
-)
-
-Ask = Callable[[Sequence[str], Sequence[Any]], list[list[dict[str, Any]]]]
 
 
 class Context(NamedTuple):
@@ -190,71 +179,59 @@ class Feature:
                 yield Text(f"{_strength(c)}  ") + shaded
 
 
-def load_features(
-    ask: Ask, sae: Mapping[str, Any], feature_ids: Sequence[int], vocabulary: Sequence[str]
+def features_of(
+    sae: Mapping[str, Any], rows: Mapping[str, Rows], vocabulary: Sequence[str]
 ) -> dict[int, Feature]:
-    """Read features of one SAE, by id; those that there aren't are left out.
+    """Features of one SAE, by id.
 
-    ask: runs queries side by side, gives the rows of each. sae: its row of `saes`. vocabulary: each
-    token's text.
+    sae: its row of `saes`. rows: what `Pages` read of them. vocabulary: each token's text.
     """
-    which, asked = "feature_id = ?", feature_ids[0] if len(feature_ids) == 1 else feature_ids
-    if asked is feature_ids:
-        which = "feature_id IN (SELECT unnest(?::INTEGER[]))"
-    where, ids = f"WHERE sae_id = ? AND {which}", [sae["sae_id"], asked]
-    answers = ask([f"SELECT * FROM {table} {where}" for table in _TABLES], ids)
-    rows = {name: _by_feature(found) for name, found in zip(_TABLES, answers, strict=True)}
-    near, together = rows["neighbors"], rows["coactivations"]
-    others = {row["neighbor_id"] for found in near.values() for row in found}
-    others |= {row["other_id"] for found in together.values() for row in found}
-    labels = _labels(ask, sae["sae_id"], sorted(others))
+    grouped = {name: _by_feature(found) for name, found in rows.items()}
     return {
         feature_id: _feature(
-            sae, {name: of[feature_id] for name, of in rows.items()}, labels, vocabulary
+            sae, {name: of[feature_id] for name, of in grouped.items()}, vocabulary
         )
-        for feature_id in feature_ids
-        if feature_id in rows["features"]
+        for feature_id in grouped["features"]
     }
 
 
 def _feature(
     sae: Mapping[str, Any],
-    rows: Mapping[str, Sequence[dict[str, Any]]],
-    labels: Mapping[int, str | None],
+    rows: Mapping[str, Rows],
     vocabulary: Sequence[str],
 ) -> Feature:
-    """rows: of each table, those of the feature. labels: of other features."""
+    """rows: of each table, those of the feature."""
     names = Feature.__dataclass_fields__
     contexts = [_context(row, vocabulary) for row in rows["contexts"]]
     logits, nearby = rows["feature_logits"], rows["feature_nearby_tokens"]
     bins = (HistogramBin(row["lo"], row["hi"], row["n"]) for row in rows["feature_histogram"])
     return Feature(
         **{name: value for name, value in rows["features"][0].items() if name in names},
+        sae_id=sae["sae_id"],
         sae_name=sae["name"],
         hookpoint=sae["hookpoint"],
         top=tuple(c for c in contexts if c.kind == "top"),
         quantiles=tuple(c for c in contexts if c.kind == "quantile"),
         negatives=tuple(c for c in contexts if c.kind == "negative"),
-        tokens=_token_lifts(rows["feature_tokens"]),
-        tokens_before=_token_lifts(row for row in nearby if row["place"] == -1),
-        tokens_after=_token_lifts(row for row in nearby if row["place"] == 1),
-        promoted=_effects(logits, 1),
-        suppressed=_effects(logits, -1),
+        tokens=_token_lifts(rows["feature_tokens"], vocabulary),
+        tokens_before=_token_lifts((row for row in nearby if row["place"] == -1), vocabulary),
+        tokens_after=_token_lifts((row for row in nearby if row["place"] == 1), vocabulary),
+        promoted=_effects(logits, 1, vocabulary),
+        suppressed=_effects(logits, -1, vocabulary),
         histogram=tuple(sorted(bins)),
         neighbors=tuple(
-            Neighbor(row["neighbor_id"], row["cosine"], labels[row["neighbor_id"]])
-            for row in rows["neighbors"]
+            Neighbor(row["neighbor_id"], row["cosine"], row["label"]) for row in rows["neighbors"]
         ),
         coactivations=tuple(
-            Coactivation(row["other_id"], row["n_both"], row["npmi"], labels[row["other_id"]])
+            Coactivation(row["other_id"], row["n_both"], row["npmi"], row["label"])
             for row in rows["coactivations"]
         ),
     )
 
 
-def _by_feature(found: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+def _by_feature(found: Rows) -> dict[int, Rows]:
     """Rows of each feature, by rank where they have one."""
-    grouped = defaultdict[int, list[dict[str, Any]]](list)
+    grouped = defaultdict[int, Rows](list)
     for row in sorted(found, key=lambda row: row.get("rank", 0)):
         grouped[row["feature_id"]].append(row)
     return grouped
@@ -276,28 +253,27 @@ def sparkline(histogram: Sequence[HistogramBin]) -> str:
 def _context(row: dict[str, Any], vocabulary: Sequence[str]) -> Context:
     lists = {
         "token_ids": tuple(row["token_ids"]),
-        "tokens": tuple(vocabulary[token_id] for token_id in row["token_ids"]),
+        "tokens": tuple(map(vocabulary.__getitem__, row["token_ids"])),
         "acts": tuple(row["acts"]),
     }
     return Context(**{name: row[name] for name in Context._fields if name in row} | lists)
 
 
-def _labels(ask: Ask, sae_id: int, feature_ids: Sequence[int]) -> dict[int, str | None]:
-    sql = (
-        "SELECT feature_id, label FROM features "
-        "WHERE sae_id = ? AND feature_id IN (SELECT unnest(?::INTEGER[]))"
-    )
-    (found,) = ask([sql], [sae_id, feature_ids])
-    return {row["feature_id"]: row["label"] for row in found}
-
-
-def _token_lifts(rows: Iterable[dict[str, Any]]) -> tuple[TokenLift, ...]:
-    return tuple(TokenLift(*(row[name] for name in TokenLift._fields)) for row in rows)
-
-
-def _effects(logits: Sequence[dict[str, Any]], sign: int) -> tuple[LogitEffect, ...]:
+def _token_lifts(
+    rows: Iterable[dict[str, Any]], vocabulary: Sequence[str]
+) -> tuple[TokenLift, ...]:
+    shown = TokenLift._fields[2:]
     return tuple(
-        LogitEffect(row["token_id"], row["token"], row["logit"])
+        TokenLift(row["token_id"], vocabulary[row["token_id"]], *(row[name] for name in shown))
+        for row in rows
+    )
+
+
+def _effects(
+    logits: Iterable[dict[str, Any]], sign: int, vocabulary: Sequence[str]
+) -> tuple[LogitEffect, ...]:
+    return tuple(
+        LogitEffect(row["token_id"], vocabulary[row["token_id"]], row["logit"])
         for row in logits
         if row["sign"] == sign
     )

@@ -115,9 +115,11 @@ def test_opened_for_writing_it_can_be_changed(world: World, tmp_path: Path) -> N
 
 def test_closed_database_leaves_results_usable(world: World) -> None:
     with FeatureDB.open(world.path) as db:
-        found = db.saes()
+        found, page = db.saes(), db.feature(0)
     assert found.df().d_sae.tolist() == [48]
+    assert page.feature_id == 0
     one_line_error(QueryError, db.saes)
+    one_line_error(QueryError, lambda: db.feature(0))
 
 
 # -- SQL -------------------------------------------------------------------------------------------

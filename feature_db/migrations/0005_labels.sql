@@ -1,0 +1,18 @@
+-- Uncompressed, a label is read without those of the 16,383 features beside it.
+CREATE TABLE new_features (
+    sae_id INTEGER NOT NULL,
+    feature_id INTEGER NOT NULL,
+    density DOUBLE NOT NULL,
+    n_active BIGINT NOT NULL,
+    mean_act FLOAT,
+    max_act FLOAT,
+    is_dead BOOLEAN NOT NULL,
+    label VARCHAR USING COMPRESSION uncompressed,
+    label_method VARCHAR USING COMPRESSION uncompressed,
+    std_act FLOAT,
+    n_documents BIGINT,
+    mean_position FLOAT
+);
+INSERT INTO new_features FROM features;
+DROP TABLE features;
+ALTER TABLE new_features RENAME TO features;

@@ -1,0 +1,71 @@
+"""Pages: the rows that features' pages are made of, the tables of a database asked side by side.
+
+Each table's query is short and mostly planning: two threads ask half of them each.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+Rows = list[dict[str, Any]]
+Ask = Callable[[str, Sequence[Any]], Rows]
+
+# What a page shows of each table; the texts of tokens are in the vocabulary. One thread asks for
+# these, another one for all others: about half of the time each.
+_SHOWN = {
+    "contexts": "kind, rank, quantile, doc_id, position, act, token, peak, text, token_ids, acts",
+    "feature_nearby_tokens": "place, rank, token_id, n_active, n_total, mean_act, lift",
+    "feature_tokens": "rank, token_id, n_active, n_total, mean_act, lift",
+    "feature_logits": "sign, rank, token_id, logit",
+}
+_SHOWN_MEANWHILE = {
+    "neighbors": "rank, neighbor_id, cosine",
+    "coactivations": "rank, other_id, n_both, npmi",
+    "features": "density, n_active, mean_act, max_act, is_dead, label, label_method",
+    "feature_histogram": "lo, hi, n",
+}
+# What names the other feature.
+_OTHERS = {"neighbors": "neighbor_id", "coactivations": "other_id"}
+# A join, unlike IN, passes over the row groups without such features.
+OF_THESE = "JOIN (SELECT unnest(?::INTEGER[]) AS feature_id) USING (feature_id) WHERE sae_id = ?"
+
+
+class Pages:
+    """Reads the rows of pages. ask: runs one query; threads may call it at once."""
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask, self._thread = ask, ThreadPoolExecutor(1, "feature-db")
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown()
+
+    def rows(self, sae_id: int, feature_ids: Sequence[int]) -> dict[str, Rows]:
+        """Table -> its rows of features of one SAE; those that there aren't have none.
+
+        Rows of `neighbors` and `coactivations` have the other feature's label too.
+        """
+        ids = list(feature_ids)
+        some = self._thread.submit(self._of, _SHOWN, sae_id, ids)
+        rows = self._of(_SHOWN_MEANWHILE, sae_id, ids)
+        add_labels(rows, self._ask, sae_id)
+        return rows | some.result()
+
+    def _of(self, shown: Mapping[str, str], sae_id: int, ids: list[int]) -> dict[str, Rows]:
+        return {table: self._in(table, names, sae_id, ids) for table, names in shown.items()}
+
+    def _in(self, table: str, names: str, sae_id: int, ids: list[int]) -> Rows:
+        select = f"SELECT feature_id, {names} FROM {table}"
+        if len(ids) == 1:
+            return self._ask(f"{select} WHERE sae_id = ? AND feature_id = ?", [sae_id, ids[0]])
+        return self._ask(f"{select} {OF_THESE}", [ids, sae_id])
+
+
+def add_labels(rows: Mapping[str, Rows], ask: Ask, sae_id: int) -> None:
+    """Give each row of `neighbors` and `coactivations` the other feature's label."""
+    ids = {row[name] for table, name in _OTHERS.items() for row in rows[table]}
+    found = ask(f"SELECT feature_id, label FROM features {OF_THESE}", [sorted(ids), sae_id])
+    labels = {row["feature_id"]: row["label"] for row in found}
+    for table, name in _OTHERS.items():
+        for row in rows[table]:
+            row["label"] = labels[row[name]]
