@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -38,10 +39,12 @@ from .result import Result
 from .schema import check_version, migrate
 from .search import (
     Match,
+    about_features,
     found_table,
     is_one_word,
     require_text,
     strongest_texts,
+    with_examples,
     word_matches,
 )
 from .search_texts import phrase_query, regex_query, text_matches
@@ -69,7 +72,8 @@ class FeatureDB:
         self._vocabulary: Sequence[str] | None = None
         self._saes: list[dict[str, Any]] | None = None
         self._meanings: dict[str, Meanings] = {}
-        self._pages = Pages(self._rows)
+        self._thread = ThreadPoolExecutor(1, "feature-db")
+        self._pages = Pages(self._rows, self._thread)
         self.path = path
 
     @classmethod
@@ -110,7 +114,7 @@ class FeatureDB:
 
     def close(self) -> None:
         """Close the database; results already fetched stay usable."""
-        self._pages.close()
+        self._thread.shutdown()
         self._saes = None  # so that whoever asks on is told
         self._connection.close()
 
@@ -235,14 +239,20 @@ class FeatureDB:
             MeaningError without vectors of the model.
         """
         require_text(text, limit)
+        if meaning is None and not regex and is_one_word(text):
+            return self._result(self._found_word(text.strip().lower(), limit))
         if meaning is not None:
-            return self._result(found_table(self._rows, self._meant(text, limit, meaning)))
-        if not regex and is_one_word(text):
-            matches = word_matches(self._rows, text.strip().lower(), limit)
+            matches = self._meant(text, limit, meaning)
         else:
             query = regex_query(text) if regex else phrase_query(text)
             matches = text_matches(self._rows, self.vocabulary(), query, limit)
-        return self._result(found_table(self._rows, matches))
+        return self._result(found_table(about_features(self._rows, matches), matches))
+
+    def _found_word(self, word: str, limit: int) -> pa.Table:
+        found = word_matches(self._rows, word, limit)
+        about = self._thread.submit(about_features, self._rows, [match.pair for match in found])
+        matches = with_examples(self._rows, found)
+        return found_table(about.result(), matches)
 
     def _meant(self, text: str, limit: int, model: str | Path | Embed) -> list[Match]:
         embedder = Embedder.of(model)

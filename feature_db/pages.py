@@ -4,7 +4,7 @@ Each table's query is short and mostly planning: two threads ask half of them ea
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from typing import Any
 
 Rows = list[dict[str, Any]]
@@ -31,14 +31,13 @@ OF_THESE = "JOIN (SELECT unnest(?::INTEGER[]) AS feature_id) USING (feature_id) 
 
 
 class Pages:
-    """Reads the rows of pages. ask: runs one query; threads may call it at once."""
+    """Reads the rows of pages.
 
-    def __init__(self, ask: Ask) -> None:
-        self._ask, self._thread = ask, ThreadPoolExecutor(1, "feature-db")
+    ask: runs one query; threads may call it at once. thread: asks half of the queries.
+    """
 
-    def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown()
+    def __init__(self, ask: Ask, thread: Executor) -> None:
+        self._ask, self._thread = ask, thread
 
     def rows(self, sae_id: int, feature_ids: Sequence[int]) -> dict[str, Rows]:
         """Table -> its rows of features of one SAE; those that there aren't have none.

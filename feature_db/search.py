@@ -14,18 +14,31 @@ through the texts of candidates: see search_texts.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from .errors import NotFoundError
-from .words import CONTEXT_WEIGHT, LABEL_WEIGHT, PEAK_WEIGHT, TOKEN_WEIGHT
+from .words import (
+    CONTEXT_WEIGHT,
+    LABEL_WEIGHT,
+    PEAK_WEIGHT,
+    PROMOTED_WEIGHT,
+    TOKEN_WEIGHT,
+)
 
 AFTER_ALL = "\U0010ffff"
-OF_THESE = """feature_id IN (SELECT unnest($feature_ids::INTEGER[]))
-    AND sae_id IN (SELECT unnest($sae_ids::INTEGER[]))"""
-ABOUT = f"SELECT sae_id, feature_id, label, density, n_active FROM features WHERE {OF_THESE}"
+# Looked at for each feature asked for, and again as many times as many if they weren't enough.
+_CANDIDATES = 2
+_ROUNDING = 1e-9
+# A join, unlike IN, passes over the row groups without such features.
+OF_THESE = """JOIN (
+    SELECT unnest($sae_ids::INTEGER[]) AS sae_id, unnest($feature_ids::INTEGER[]) AS feature_id
+) USING (sae_id, feature_id)"""
+
+_ABOUT = f"SELECT sae_id, feature_id, label, density FROM features {OF_THESE}"
 
 Pair = tuple[int, int]
 Row = dict[str, Any]
@@ -100,21 +113,92 @@ def is_one_word(text: str) -> bool:
     return re.fullmatch(r"[a-z0-9][^\W_]*", text.strip().lower()) is not None
 
 
-def word_matches(rows: Rows, word: str, limit: int) -> list[Match]:
-    """What `words` says of words that begin so, best first, at most `limit` features."""
-    params = {"word": word, "stop": word + AFTER_ALL, "limit": limit}
-    best = rows(_WORD_SEARCH, params)
-    ids = [row["example"] for row in best if row["example"] is not None]
-    texts = {row["id"]: row["text"] for row in rows(_EXAMPLES, {"ids": ids})}
-    return [Match(**{**row, "example": texts.get(row["example"])}) for row in best]
+class WordMatch(NamedTuple):
+    """What `words` says of one feature and all words that begin so."""
+
+    pair: Pair
+    scores: dict[str, float]
+    said: Sequence[Row]
+
+    @classmethod
+    def of(cls, pair: Pair, said: Sequence[Row]) -> "WordMatch":
+        """said: its rows of `words`, in order of the words."""
+        scores = dict.fromkeys(_MOST, 0.0)
+        for row in said:
+            scores[row["field"]] += row["weight"]
+        return cls(pair, {name: min(scores[name], most) for name, most in _MOST.items()}, said)
+
+    def score(self) -> float:
+        return sum(self.scores.values())
+
+    def example(self) -> int | None:
+        """The rowid in `contexts` of the strongest context that peaks on the word, else of one
+        that holds it."""
+        held = [row for row in self.said if row["example"] is not None]
+        at_peak = [row for row in held if row["field"] == "peak"]
+        return min((int(row["example"]) for row in at_peak or held), default=None)
+
+    def match(self, example: str | None) -> Match:
+        """The same, as what is found. example: the text of its context."""
+        tokens = [row for row in self.said if row["field"] == "token"]
+        promoted = [row["word"] for row in self.said if row["field"] == "promoted"]
+        return Match(
+            *self.pair,
+            label=self.scores["label"],
+            token=self.scores["token"],
+            context=self.scores["context"],
+            peak=self.scores["peak"],
+            promoted=self.scores["promoted"],
+            shown_token=max(tokens, key=lambda row: row["weight"])["word"] if tokens else None,
+            shown_promoted=promoted[0] if promoted else None,
+            example=example,
+        )
 
 
-def found_table(rows: Rows, matches: Sequence[Match]) -> pa.Table:
-    """sae_id, feature_id, label, score, reason, example, density of each, in order."""
-    about = {(row["sae_id"], row["feature_id"]): row for row in rows(ABOUT, ids_of(matches))}
+def word_matches(rows: Rows, word: str, limit: int) -> list[WordMatch]:
+    """The features of the highest score on words that begin so, best first, at most `limit`.
+
+    Candidates are those of the largest sum of weights, which no score exceeds: there are enough
+    when the worst that is given is no worse than the last candidate could be.
+    """
+    n = _CANDIDATES * limit
+    while True:
+        sums = rows(_SUMS, _range(word) | {"limit": n})
+        pairs = [(row["sae_id"], row["feature_id"]) for row in sums]
+        said = grouped(rows(_SAID, _range(word) | ids_of(pairs)))
+        matches = [WordMatch.of(pair, said[pair]) for pair in pairs]
+        best = sorted(matches, key=lambda match: (-match.score(), match.pair))[:limit]
+        if len(pairs) < n or best[-1].score() >= sums[-1]["weight"] - _ROUNDING:
+            return best
+        n *= _CANDIDATES
+
+
+def with_examples(rows: Rows, found: Sequence[WordMatch]) -> list[Match]:
+    """The same, with a text of each."""
+    examples = [match.example() for match in found]
+    shown = rows(_EXAMPLES, {"ids": [row for row in examples if row is not None]})
+    texts = {row["id"]: row["text"] for row in shown}
+    return [match.match(texts.get(row)) for match, row in zip(found, examples, strict=True)]
+
+
+def _range(word: str) -> dict[str, Any]:
+    return {"word": word, "stop": word + AFTER_ALL}
+
+
+def about_features(rows: Rows, features: Sequence[Match] | Sequence[Pair]) -> Sequence[Row]:
+    """sae_id, feature_id, label, density of each, in any order."""
+    return rows(_ABOUT, ids_of(features))
+
+
+def found_table(about: Sequence[Row], matches: Sequence[Match]) -> pa.Table:
+    """sae_id, feature_id, label, score, reason, example, density of each match, in order.
+
+    about: what `about_features` found of them.
+    """
+    of = {(row["sae_id"], row["feature_id"]): row for row in about}
     found = [
         {
-            **about[match.sae_id, match.feature_id],
+            **of[match.sae_id, match.feature_id],
             "score": match.score,
             "reason": match.reason(),
             "example": match.example,
@@ -127,19 +211,26 @@ def found_table(rows: Rows, matches: Sequence[Match]) -> pa.Table:
 def strongest_texts(rows: Rows, features: Sequence[Pair]) -> dict[Pair, str]:
     """The text of each feature's strongest context."""
     found = rows(
-        "SELECT sae_id, feature_id, text FROM contexts "
-        f"WHERE kind = 'top' AND rank = 1 AND {OF_THESE}",
+        f"SELECT sae_id, feature_id, text FROM contexts {OF_THESE} WHERE kind = 'top' AND rank = 1",
         ids_of(features),
     )
     return {(row["sae_id"], row["feature_id"]): row["text"] for row in found}
 
 
 def ids_of(features: Sequence[Match] | Sequence[Pair]) -> dict[str, list[int]]:
-    """The parameters of OF_THESE: features of these ids, of any of these SAEs."""
+    """The parameters of OF_THESE."""
     return {
-        "sae_ids": sorted({each[0] for each in features}),
-        "feature_ids": sorted({each[1] for each in features}),
+        "sae_ids": [each[0] for each in features],
+        "feature_ids": [each[1] for each in features],
     }
+
+
+def grouped(found: Sequence[Row]) -> dict[Pair, list[Row]]:
+    """Rows of each feature."""
+    rows_of = defaultdict[Pair, list[Row]](list)
+    for row in found:
+        rows_of[row["sae_id"], row["feature_id"]].append(row)
+    return rows_of
 
 
 _FOUND = pa.schema(
@@ -154,20 +245,24 @@ _FOUND = pa.schema(
     }
 )
 
-_WORD_SEARCH = f"""
-SELECT * FROM (
-    SELECT sae_id, feature_id,
-        least(coalesce(max(weight) FILTER (field = 'label'), 0), {LABEL_WEIGHT}) AS label,
-        least(coalesce(sum(weight) FILTER (field = 'token'), 0), {TOKEN_WEIGHT}) AS token,
-        least(coalesce(sum(weight) FILTER (field = 'context'), 0), {CONTEXT_WEIGHT}) AS context,
-        least(coalesce(sum(weight) FILTER (field = 'peak'), 0), {PEAK_WEIGHT}) AS peak,
-        coalesce(max(weight) FILTER (field = 'promoted'), 0) AS promoted,
-        arg_max(word, weight) FILTER (field = 'token') AS shown_token,
-        min(word) FILTER (field = 'promoted') AS shown_promoted,
-        coalesce(min(example) FILTER (field = 'peak'), min(example)) AS example
-    FROM words WHERE word >= $word AND word < $stop GROUP BY sae_id, feature_id
-)
-ORDER BY label + token + context + peak + promoted DESC, sae_id, feature_id LIMIT $limit
+# What the words that begin so add to a score at most, by field.
+_MOST = {
+    "label": LABEL_WEIGHT,
+    "token": TOKEN_WEIGHT,
+    "context": CONTEXT_WEIGHT,
+    "peak": PEAK_WEIGHT,
+    "promoted": PROMOTED_WEIGHT,
+}
+_SUMS = """
+SELECT sae_id, feature_id, sum(weight) AS weight FROM words WHERE word >= $word AND word < $stop
+GROUP BY ALL ORDER BY weight DESC, sae_id, feature_id LIMIT $limit
 """
-
-_EXAMPLES = "SELECT rowid AS id, text FROM contexts WHERE rowid IN (SELECT unnest($ids::BIGINT[]))"
+_SAID = f"""
+SELECT * FROM (
+    SELECT sae_id, feature_id, word, field, weight, example
+    FROM words WHERE word >= $word AND word < $stop
+) {OF_THESE} ORDER BY word
+"""
+_EXAMPLES = """
+SELECT id, text FROM (SELECT unnest($ids::BIGINT[]) AS id) JOIN contexts ON contexts.rowid = id
+"""

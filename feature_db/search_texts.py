@@ -7,12 +7,11 @@ the candidates alone are read and scored.
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from .errors import NotFoundError
-from .search import AFTER_ALL, OF_THESE, Match, Pair, Row, Rows, ids_of
+from .search import AFTER_ALL, OF_THESE, Match, Pair, Row, Rows, grouped, ids_of
 from .words import CONTEXT_WEIGHT, LABEL_WEIGHT, PEAK_WEIGHT, TOKEN_WEIGHT
 
 _APART = 0.4
@@ -83,16 +82,16 @@ class _Read:
     def __init__(self, rows: Rows, features: Sequence[Pair]) -> None:
         ids = ids_of(features)
         self.features, self.tokens, self.promoted, self.contexts = (
-            _grouped(rows(f"{sql} AND {OF_THESE}", ids)) for sql in _TEXTS
+            grouped(rows(sql, ids)) for sql in _TEXTS
         )
 
 
 _TEXTS = (
-    "SELECT sae_id, feature_id, label, n_active FROM features WHERE TRUE",
-    "SELECT sae_id, feature_id, token, n_active FROM feature_tokens WHERE TRUE",
-    "SELECT sae_id, feature_id, token FROM feature_logits WHERE sign = 1",
+    f"SELECT sae_id, feature_id, label, n_active FROM features {OF_THESE}",
+    f"SELECT sae_id, feature_id, token, n_active FROM feature_tokens {OF_THESE} ORDER BY rank",
+    f"SELECT sae_id, feature_id, token FROM feature_logits {OF_THESE} WHERE sign = 1 ORDER BY rank",
     "SELECT sae_id, feature_id, text, token, token_ids, peak, act FROM contexts "
-    "WHERE kind <> 'negative'",
+    f"{OF_THESE} WHERE kind <> 'negative' ORDER BY kind, rank",
 )
 
 
@@ -182,10 +181,3 @@ def _scanned(rows: Rows, query: Query, limit: int) -> list[Pair]:
 
 def _pairs(found: Sequence[Row]) -> list[Pair]:
     return [(row["sae_id"], row["feature_id"]) for row in found]
-
-
-def _grouped(found: Sequence[Row]) -> dict[Pair, list[Row]]:
-    grouped = defaultdict[Pair, list[Row]](list)
-    for row in found:
-        grouped[row["sae_id"], row["feature_id"]].append(row)
-    return grouped

@@ -8,7 +8,7 @@ are never deleted, so that it stays.
 
 import duckdb
 
-LABEL_WEIGHT, TOKEN_WEIGHT, CONTEXT_WEIGHT, PEAK_WEIGHT = 4.0, 3.0, 1.0, 3.0
+LABEL_WEIGHT, TOKEN_WEIGHT, CONTEXT_WEIGHT, PEAK_WEIGHT, PROMOTED_WEIGHT = 4.0, 3.0, 1.0, 3.0, 1.0
 _WORD = r"[\pL\pN]+"
 _FEATURES_AT_ONCE = 65_536
 
@@ -81,7 +81,8 @@ SELECT word, field, sae_id, feature_id, weight, example FROM (
     FROM (SELECT *, unnest({words_in("token")}) AS word FROM feature_tokens WHERE {part}) AS used
     JOIN features USING (sae_id, feature_id) GROUP BY word, sae_id, feature_id
     UNION ALL
-    SELECT DISTINCT unnest({words_in("token")}), 'promoted', sae_id, feature_id, 1, NULL
+    SELECT DISTINCT unnest({words_in("token")}), 'promoted', sae_id, feature_id,
+        {PROMOTED_WEIGHT}, NULL
     FROM feature_logits WHERE sign = 1 AND {part}
     UNION ALL
     SELECT word, field, sae_id, feature_id, any_value(weight) * count(*) / any_value(n_contexts),

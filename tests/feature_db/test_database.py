@@ -20,6 +20,7 @@ from feature_db import (
     SchemaVersionError,
     build_index,
 )
+from feature_db.search import word_matches
 from feature_db.search_texts import phrase_query, text_matches
 from sae import SAE
 
@@ -251,6 +252,23 @@ def test_search_takes_hostile_text_literally(db: FeatureDB) -> None:
 
 def test_search_beyond_ascii(db: FeatureDB) -> None:
     assert len(db.search("ÉTÉ"))
+
+
+def test_search_finds_the_best_where_many_beginnings_count_once() -> None:
+    """Nine features hold ten words that begin so; of one, less in sum, the label says it."""
+    with duckdb.connect() as connection:
+        connection.execute(
+            "CREATE TABLE words AS SELECT 'car' || i AS word, 'context' AS field, 0 AS sae_id, "
+            "f::INTEGER AS feature_id, 1::FLOAT AS weight, NULL::BIGINT AS example "
+            "FROM range(10) AS t(i), range(9) AS u(f)"
+        )
+        connection.execute("INSERT INTO words VALUES ('cart', 'label', 0, 9, 4, NULL)")
+
+        def rows(query: str, params: dict[str, object]) -> list[dict[str, object]]:
+            return connection.execute(query, params).df().to_dict("records")
+
+        found = word_matches(rows, "car", limit=2)
+    assert [(match.pair, match.score()) for match in found] == [((0, 9), 4.0), ((0, 0), 1.0)]
 
 
 def test_search_limit_and_empty_text(db: FeatureDB) -> None:
