@@ -20,6 +20,7 @@ stand out of the vocabulary by more than noise does.
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from .token_text import quoted, words_of
@@ -45,12 +46,16 @@ class TokenUse(NamedTuple):
 
 
 class PeakContext(NamedTuple):
-    """text, tokens: of the context; peak: index of the active token; act: the feature's there."""
+    """Where a feature is strongly active. before: the token before, None at the text's beginning.
+
+    text: of n_tokens tokens around.
+    """
 
     text: str
-    tokens: Sequence[str]
-    peak: int
     act: float
+    token: str
+    before: str | None
+    n_tokens: int
 
 
 class Evidence(NamedTuple):
@@ -75,8 +80,8 @@ def token_label(evidence: Evidence, word_rates: dict[str, float]) -> str:
     fires = (
         _one_family(evidence.uses)
         or _few_families(evidence.uses)
-        or _common_token(evidence.contexts, 0, "strongest on")
-        or _common_token(evidence.contexts, -1, "after")
+        or _common_token([(c.token, c.act) for c in evidence.contexts], "strongest on")
+        or _common_token([(c.before, c.act) for c in evidence.contexts], "after")
         or _shared_words(evidence.contexts, word_rates)
         or _mixed(evidence)
     )
@@ -84,6 +89,7 @@ def token_label(evidence: Evidence, word_rates: dict[str, float]) -> str:
     return f"{fires} → {promoted}" if promoted else fires
 
 
+@lru_cache(1 << 16)
 def family(token: str) -> str:
     """What tokens that read alike have in common: no spaces, lower case, no plural s."""
     stem = token.strip().casefold()
@@ -113,19 +119,17 @@ def _few_families(uses: Sequence[TokenUse]) -> str | None:
     return _listed([best[name].token for name, share in shares if share >= 0.05])
 
 
-def _common_token(contexts: Sequence[PeakContext], step: int, relation: str) -> str | None:
-    """The family of most of the tokens `step` from the peaks, weighted by act."""
+def _common_token(places: Sequence[tuple[str | None, float]], relation: str) -> str | None:
+    """The family of most of the tokens. places: the token at each, and the act that it weighs."""
     weights: dict[str, float] = {}
     tokens: Counter[str] = Counter()
-    for context in contexts:
-        place = context.peak + step
-        if place >= 0:
-            name = family(context.tokens[place])
-            weights[name] = weights.get(name, 0.0) + context.act
-            tokens[context.tokens[place]] += 1
+    for token, act in places:
+        if token is not None:
+            weights[family(token)] = weights.get(family(token), 0.0) + act
+            tokens[token] += 1
     best = max(weights, key=lambda name: weights[name], default=None)
-    total = sum(context.act for context in contexts)
-    if best is None or len(contexts) < _MIN_CONTEXTS or weights[best] < _PEAK_MAJORITY * total:
+    total = sum(act for _, act in places)
+    if best is None or len(places) < _MIN_CONTEXTS or weights[best] < _PEAK_MAJORITY * total:
         return None
     members = [token for token, _ in tokens.most_common() if family(token) == best]
     return f"{relation} {_listed(members[:2])}"
@@ -133,7 +137,7 @@ def _common_token(contexts: Sequence[PeakContext], step: int, relation: str) -> 
 
 def _shared_words(contexts: Sequence[PeakContext], word_rates: dict[str, float]) -> str | None:
     n_with = Counter(word for context in contexts for word in set(words_of(context.text)))
-    n_tokens = sum(len(context.tokens) for context in contexts)
+    n_tokens = sum(context.n_tokens for context in contexts)
     least = max(_MIN_CONTEXTS, _MIN_CONTEXT_SHARE * len(contexts))
     scores = {
         word: n * math.log(n / (word_rates.get(word, 0.0) * n_tokens + 0.1))
@@ -146,7 +150,7 @@ def _shared_words(contexts: Sequence[PeakContext], word_rates: dict[str, float])
 
 def _mixed(evidence: Evidence) -> str:
     tokens = [use.token for use in evidence.uses]
-    tokens = tokens or [context.tokens[context.peak] for context in evidence.contexts]
+    tokens = tokens or [context.token for context in evidence.contexts]
     tokens = [token for token in tokens if token.strip().isalpha()] or tokens
     return f"mixed: {_listed(list(dict.fromkeys(tokens))[:3])}"
 

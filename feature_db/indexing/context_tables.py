@@ -120,7 +120,6 @@ def contexts_table(
             "peak": rows.before,
             "text": pc.binary_join(tokens, ""),
             "token_ids": pa.ListArray.from_arrays(ends, pa.array(token_ids.astype(np.int32))),
-            "tokens": tokens,
             "acts": pa.ListArray.from_arrays(ends, pa.array(_dense_acts(rows, lengths))),
         }
     )

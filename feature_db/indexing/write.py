@@ -188,7 +188,7 @@ class Writer:
         labels = self._labels(where, uses.pop(CURRENT), contexts, effects, rows.tokens, word_rates)
         shown = [label if n else None for label, n in zip(labels, totals.n_active, strict=True)]
         yield "features", tables.features_table(where, totals, shown)
-        yield "contexts", contexts.drop_columns(["tokens"])
+        yield "contexts", contexts
         yield "feature_tokens", tables.tokens_table(where, best.pop(CURRENT), texts)
         yield "feature_nearby_tokens", tables.nearby_tokens_table(where, best, texts)
         yield "feature_histogram", tables.histogram_table(where, totals)
@@ -260,8 +260,7 @@ def _evidence(
     score = uses.shares * np.log(np.maximum(uses.lifts, 1e-9))
     telling = tables.best_uses(uses, score, _USES_IN_A_LABEL)
     top = contexts.filter(pc.equal(contexts.column("kind"), "top"))
-    shown_columns = (top.column(name).to_pylist() for name in ("text", "tokens", "peak", "act"))
-    peaks = [PeakContext(*row) for row in zip(*shown_columns, strict=True)]
+    peaks = _peaks(top, texts)
     uses_of = _grouped(telling.features + where.first, where)
     contexts_of = _grouped(top.column("feature_id").to_numpy(), where)
     ids, shares, lifts = (x.tolist() for x in (telling.token_ids, telling.shares, telling.lifts))
@@ -272,6 +271,19 @@ def _evidence(
             [] if promoted is None else [texts[t] for t in promoted[i].tolist() if seen[t]],
             0.0 if effects is None else float(effects.strengths[i]),
         )
+
+
+def _peaks(contexts: pa.Table, texts: Sequence[str]) -> list[PeakContext]:
+    """texts: of every token."""
+    ids = contexts.column("token_ids").combine_chunks()
+    ends, peaks = ids.offsets.to_numpy(), contexts.column("peak").to_numpy()
+    before = ids.values.to_numpy()[ends[:-1] + np.maximum(peaks - 1, 0)].tolist()
+    columns = (contexts.column(name).to_pylist() for name in ("text", "act", "token"))
+    rows = zip(*columns, peaks.tolist(), before, np.diff(ends).tolist(), strict=True)
+    return [
+        PeakContext(text, act, token, texts[token_id] if peak else None, n_tokens)
+        for text, act, token, peak, token_id, n_tokens in rows
+    ]
 
 
 def _grouped(sorted_features: Int64, where: Features) -> list[tuple[int, int]]:

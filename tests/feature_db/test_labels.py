@@ -17,7 +17,7 @@ def evidence(
 def peaks(*tokens: str, before: str = "") -> list[PeakContext]:
     """Contexts of one token, or two, of falling act."""
     return [
-        PeakContext("", [before or f" w{i}", token], 1, float(len(tokens) - i + 10))
+        PeakContext("", float(len(tokens) - i + 10), token, before or f" w{i}", 2)
         for i, token in enumerate(tokens)
     ]
 
@@ -50,7 +50,7 @@ def test_a_feature_that_follows_one_word_says_so() -> None:
 def test_a_feature_of_a_topic_is_named_by_the_words_its_contexts_share() -> None:
     words = ["judge", "ruling", "treaty", "gate", "keys", "doors"]
     contexts = [
-        PeakContext(f" the court{word} of the court on {word}", ["a", word, word], 2, 1.0)
+        PeakContext(f" the court{word} of the court on {word}", 1.0, word, word, 3)
         for word in words
     ]
     assert token_label(evidence(contexts=contexts), {"the": 0.06}) == "in text on court"
