@@ -38,7 +38,10 @@ def main() -> None:
         path = args.db or make(Path(folder) / "q.duckdb", args.acts, args.d_sae)
         with FeatureDB.open(path) as db:
             db.sql(f"SET threads = {args.threads}")
-            rows = [measure(name, ask, args.n_requests) for name, ask in requests(db).items()]
+            rows = [
+                measure(name, ask, max(args.n_requests // _SLOW.get(name, 1), 10))
+                for name, ask in requests(db).items()
+            ]
     show("queries", rows, args.json)
 
 
@@ -68,7 +71,13 @@ def requests(db: FeatureDB) -> dict[str, Callable[[], Any]]:
         "search, a word": lambda: db.search(rng.choice(words)),
         "search, two words": lambda: db.search(rng.choice(pairs)),
         "contexts_of": lambda: db.sql(f"FROM contexts_of({rng.choice(alive)}, 20)"),
+        "SQL: labels that hold a word": lambda: db.sql(_LABELLED, [f"%{rng.choice(words)}%"]),
+        "SQL, untrusted": lambda: db.sql("SELECT count(*) FROM features", untrusted=True),
     }
+
+
+_SLOW = {"search, two words": 10, "SQL, untrusted": 50}
+_LABELLED = "SELECT sae_id, feature_id, label FROM features WHERE label ILIKE ? ORDER BY density"
 
 
 def measure(name: str, ask: Callable[[], Any], n: int) -> dict[str, Any]:

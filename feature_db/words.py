@@ -50,14 +50,18 @@ def label_words(features: str) -> str:
     )
 
 
+# As `tokens_of`, and faster for all rows of a table, where none is sorted.
+_TOKENS = """list_select(
+    (SELECT list(token ORDER BY token_id) FROM vocabulary), list_transform({0}, lambda id: id + 1)
+)"""
 # The word that the peak is a part of, of which six tokens on either side are looked at.
 _PEAK = f"""
     CASE WHEN regexp_matches(token, '^{_WORD}') THEN regexp_extract(
-        array_to_string(tokens_of(token_ids[greatest(peak - 5, 1):peak]), ''), '{_WORD}$')
+        array_to_string({_TOKENS.format("token_ids[greatest(peak - 5, 1):peak]")}, ''), '{_WORD}$')
     ELSE '' END
     || token ||
     CASE WHEN regexp_matches(token, '{_WORD}$') THEN regexp_extract(
-        array_to_string(tokens_of(token_ids[peak + 2:peak + 7]), ''), '^{_WORD}')
+        array_to_string({_TOKENS.format("token_ids[peak + 2:peak + 7]")}, ''), '^{_WORD}')
     ELSE '' END
 """
 

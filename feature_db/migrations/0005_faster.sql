@@ -16,3 +16,13 @@ CREATE TABLE new_features (
 INSERT INTO new_features FROM features;
 DROP TABLE features;
 ALTER TABLE new_features RENAME TO features;
+
+-- By a join: a list of the whole vocabulary went along with each row that was sorted or joined.
+CREATE OR REPLACE MACRO tokens_of(ids) AS coalesce(
+    (
+        SELECT list(token ORDER BY place)
+        FROM (SELECT unnest(ids) AS token_id, generate_subscripts(ids, 1) AS place)
+        JOIN vocabulary USING (token_id)
+    ),
+    if(ids IS NULL, NULL, []::VARCHAR[])
+);
