@@ -7,6 +7,7 @@ the candidates alone are read and scored.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -70,38 +71,68 @@ def regex_query(text: str) -> Query:
 def text_matches(rows: Rows, vocabulary: Sequence[str], query: Query, limit: int) -> list[Match]:
     """The features that match, best first, at most `limit`. vocabulary: each token's text."""
     known = _listed(rows, query, limit) if query.words else _scanned(rows, query, limit)
-    read = _Read(rows, known)
+    read = _Read(rows, known, query)
     matches = [_match(pair, read, query, vocabulary) for pair in known]
     found = [match for match in matches if match.score > 0]
     return sorted(found, key=lambda match: (-match.score, *match[:2]))[:limit]
 
 
 class _Read:
-    """What is said of some features: rows of each, by (sae_id, feature_id)."""
+    """What is said of some features: rows of each, by (sae_id, feature_id), and how well
+    they match.
 
-    def __init__(self, rows: Rows, features: Sequence[Pair]) -> None:
+    before: of a context that matches, by its rowid, the tokens before its active one.
+    """
+
+    def __init__(self, rows: Rows, features: Sequence[Pair], query: Query) -> None:
         ids = ids_of(features)
-        self.features, self.tokens, self.promoted, self.contexts = (
-            grouped(rows(sql, ids)) for sql in _TEXTS
-        )
+        self.features = grouped(rows(_FEATURES, ids))
+        self.tokens = _scored(rows(_TOKENS, ids), "token", query)
+        self.promoted = _scored(rows(_PROMOTED, ids), "token", query)
+        self.contexts = _scored(rows(_CONTEXTS, ids), "text", query)
+        matching = [row["id"] for of in self.contexts.values() for quality, row in of if quality]
+        found = rows(_BEFORE, {"ids": matching})
+        self.before: dict[int, list[int]] = {row["id"]: row["token_ids"] for row in found}
 
 
-_TEXTS = (
-    f"SELECT sae_id, feature_id, label, n_active FROM features {OF_THESE}",
-    f"SELECT sae_id, feature_id, token, n_active FROM feature_tokens {OF_THESE} ORDER BY rank",
-    f"SELECT sae_id, feature_id, token FROM feature_logits {OF_THESE} WHERE sign = 1 ORDER BY rank",
-    "SELECT sae_id, feature_id, text, token, token_ids, peak, act FROM contexts "
-    f"{OF_THESE} WHERE kind <> 'negative' ORDER BY kind, rank",
+_Scored = dict[Pair, list[tuple[float, Row]]]
+
+
+def _scored(found: Sequence[Row], shown: str, query: Query) -> _Scored:
+    return defaultdict(
+        list,
+        {
+            pair: [(query.quality(row[shown].lower()), row) for row in of]
+            for pair, of in grouped(found).items()
+        },
+    )
+
+
+_FEATURES = f"SELECT sae_id, feature_id, label, n_active FROM features {OF_THESE}"
+_TOKENS = f"SELECT sae_id, feature_id, token, n_active FROM feature_tokens {OF_THESE} ORDER BY rank"
+_PROMOTED = (
+    f"SELECT sae_id, feature_id, token FROM feature_logits {OF_THESE} WHERE sign = 1 ORDER BY rank"
+)
+# Lists of tokens take two thirds of the time to read: those of contexts that match, later.
+_CONTEXTS = (
+    "SELECT contexts.rowid AS id, sae_id, feature_id, text, token, act FROM contexts "
+    f"{OF_THESE} WHERE kind <> 'negative' ORDER BY kind, rank"
+)
+_BEFORE = (
+    "SELECT id, token_ids[:peak] AS token_ids FROM (SELECT unnest($ids::BIGINT[]) AS id) "
+    "JOIN contexts ON contexts.rowid = id"
 )
 
 
 def _match(pair: Pair, read: _Read, query: Query, vocabulary: Sequence[str]) -> Match:
     (feature,) = read.features[pair]
-    tokens = [(query.quality(row["token"].lower()), row) for row in read.tokens[pair]]
-    promoted = [(query.quality(row["token"].lower()), row) for row in read.promoted[pair]]
-    contexts = [(query.quality(row["text"].lower()), row) for row in read.contexts[pair]]
+    tokens, promoted, contexts = read.tokens[pair], read.promoted[pair], read.contexts[pair]
     n_contexts = max(len(contexts), 1)
-    n_peak = sum(quality > 0 and _is_at_peak(row, query, vocabulary) for quality, row in contexts)
+    n_peak = sum(
+        _is_at_peak(row, [vocabulary[token_id] for token_id in read.before[row["id"]]], query)
+        for quality, row in contexts
+        if quality
+    )
     on_tokens = sum(quality * row["n_active"] for quality, row in tokens)
     return Match(
         *pair,
@@ -122,9 +153,9 @@ def _best(found: Iterable[tuple[float, Row]], shown: str, by: str | None = None)
     return str(max(some, key=lambda f: f[0] * (f[1][by] if by else 1))[1][shown]) if some else None
 
 
-def _is_at_peak(row: Row, query: Query, vocabulary: Sequence[str]) -> bool:
-    """Whether the phrase reaches into the active token of a context."""
-    start = len("".join(vocabulary[token_id] for token_id in row["token_ids"][: row["peak"]]))
+def _is_at_peak(row: Row, before: Sequence[str], query: Query) -> bool:
+    """Whether the phrase reaches into the active token of a context. before: the tokens before."""
+    start = len("".join(before))
     stop = start + len(row["token"])
     found = query.pattern.finditer(row["text"].lower())
     return any(each.start() < stop and each.end() > start for each in found)
