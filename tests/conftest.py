@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers
 from hypothesis import settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from activation_cache import ActivationCache, LanguageModel, harvest
+from tests.tiny_tokenizers import byte_level_bpe
 
 # Other work on the machine must not fail a test.
 settings.register_profile("saebase", deadline=None)
@@ -95,23 +95,9 @@ def tiny_corpus() -> list[str]:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tiny_corpus: list[str]) -> Any:
-    """A real byte-level BPE tokenizer of 400 tokens with <bos>, <eos> and <pad>, trained in memory.
-
-    It adds no BOS by itself, as GPT-2's does not.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<pad>", "<bos>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(tiny_corpus, trainer)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    )
+    """A real byte-level BPE tokenizer of 400 tokens, <bos>, <eos> and <pad> among them."""
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    return byte_level_bpe(tiny_corpus, 400, **special)
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ import torch
 from delphi.config import CacheConfig, ConstructorConfig
 from delphi.latents import LatentCache, LatentRecord, constructor
 from delphi.latents.loader import TensorBuffer
+from peak import peak_bytes
 
 HOOKPOINT = "rows"
 
@@ -76,12 +77,6 @@ def contexts(folder: Path, d_sae: int) -> np.ndarray:
             record = constructor(record, data.activation_data, config, tokens, None)
             strongest[data.latent.latent_index] = record.examples[0].activations.max()
     return strongest
-
-
-def peak_bytes() -> int:
-    """The most memory that this process ever had resident."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

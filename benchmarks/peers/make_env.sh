@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # An environment of its own for a peer that a benchmark runs: .venv-peers/PEER, not under git.
 #
-#     benchmarks/peers/make_env.sh sae-lens|eai-sparsify|dictionary-learning|eai-delphi [==VERSION]
+#     benchmarks/peers/make_env.sh PEER [==VERSION]
+#         PEER: sae-lens, eai-sparsify, dictionary-learning, eai-delphi, sae-dashboard
 #     benchmarks/peers/make_env.sh all
 #
 # torch comes first and stays: any looser request pulls gigabytes of CUDA packages on Linux.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-peer=${1:?name a peer: sae-lens, eai-sparsify, dictionary-learning, eai-delphi, or all}
+peers="sae-lens eai-sparsify dictionary-learning eai-delphi sae-dashboard"
+peer=${1:?name a peer: $peers, or all}
 version=${2:-}
 if [ "$peer" = all ]; then
-    for each in sae-lens eai-sparsify dictionary-learning eai-delphi; do "benchmarks/peers/make_env.sh" "$each"; done
+    for each in $peers; do "benchmarks/peers/make_env.sh" "$each"; done
     exit
 fi
 torch=$(grep '^torch==' constraints.txt)
@@ -24,12 +26,15 @@ if [ "$peer" = eai-delphi ]; then
     "${pip[@]}" --constraint <(echo "$torch") \
         aiofiles asyncer beartype blobfile faiss-cpu fire jaxtyping orjson psutil safetensors \
         scikit-learn simple_parsing transformers httpx2
+elif [ "$peer" = sae-dashboard ]; then
+    # transformer-lens 2 holds numpy below 2, which newer pyarrow refuses when it is imported.
+    "${pip[@]}" --constraint <(echo "$torch") "$peer${version:-==0.8.0}" pyarrow==21.0.0
 else
     "${pip[@]}" --constraint <(echo "$torch") "$peer$version"
 fi
-if [ "$peer" = dictionary-learning ]; then
+if [ "$peer" = dictionary-learning ] || [ "$peer" = sae-dashboard ]; then
     # nnsight pulls in a torchvision built for CUDA, which the CPU's torch can't load; transformers
-    # imports it wherever it finds it, and then dictionary_learning imports no more.
+    # imports it wherever it finds it, and then the peer imports no more.
     "$folder/bin/python" -m pip uninstall --quiet --yes torchvision
 fi
 "$folder/bin/python" -m pip list --disable-pip-version-check |

@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from tokenizers import decoders as token_decoders
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from activation_cache import ActivationCache, LanguageModel, harvest
 from feature_db import FeatureDB, IndexConfig, build_index
 from sae import SAE, BatchTopKConfig, Origin, TopKConfig
+from tests.tiny_tokenizers import byte_level_bpe
 
 HOOKPOINT = "layers.1.resid_post"
 SUBJECTS = ["The president", "A keeper of keys", "Every judge", "The golden gate", "Café owners"]
@@ -40,34 +39,28 @@ def texts() -> list[str]:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = token_decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+    return byte_level_bpe(texts(), 320, bos_token="<|end|>", eos_token="<|end|>")
+
+
+def random_gpt2(n_vocab: int, n_embd: int, n_layer: int) -> GPT2LMHeadModel:
+    """Of torch's seed as it stands; token 0 begins and ends a text."""
+    config = GPT2Config(
+        vocab_size=n_vocab,
+        n_positions=128,
+        n_embd=n_embd,
+        n_layer=n_layer,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
     )
-    tokenizer.train_from_iterator(texts(), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>"
-    )
+    return GPT2LMHeadModel(config)
 
 
 def tiny_lm(seed: int = 0) -> LanguageModel:
     tokenizer = tiny_tokenizer()
     torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=128,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return LanguageModel(GPT2LMHeadModel(config), tokenizer, name=f"tiny-{seed}")
+    model = random_gpt2(len(tokenizer), n_embd=16, n_layer=2)
+    return LanguageModel(model, tokenizer, name=f"tiny-{seed}")
 
 
 def random_sae(config: TopKConfig | BatchTopKConfig, seed: int, cache: ActivationCache) -> SAE:

@@ -18,6 +18,16 @@ class Outcome(NamedTuple):
     err: str
 
 
+def refused(outcome: Outcome, *named: object) -> None:
+    """One line on stderr that holds everything in `named`, and exit status 2."""
+    assert outcome.status == 2, outcome
+    assert outcome.err.startswith("saebase: ")
+    assert outcome.err.count("\n") == 1, outcome.err
+    for value in named:
+        assert str(value) in outcome.err, outcome.err
+    assert "Traceback" not in outcome.err
+
+
 class SmallRun(NamedTuple):
     """Files of a finished run: model folder, text, configuration, and what was made of them."""
 

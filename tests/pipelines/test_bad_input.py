@@ -11,19 +11,9 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from tests.pipelines.conftest import Outcome, SmallRun, config_text
+from tests.pipelines.conftest import Outcome, SmallRun, config_text, refused
 
 Saebase = Callable[..., Outcome]
-
-
-def refused(outcome: Outcome, *named: object) -> None:
-    """One line on stderr that holds everything in `named`, and exit status 2."""
-    assert outcome.status == 2, outcome
-    assert outcome.err.startswith("saebase: ")
-    assert outcome.err.count("\n") == 1, outcome.err
-    for value in named:
-        assert str(value) in outcome.err, outcome.err
-    assert "Traceback" not in outcome.err
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 
 from activation_cache import ActivationCache
 from sae import SAE
-from tests.pipelines.conftest import Outcome, SmallRun, config_text
-from tests.pipelines.test_bad_input import refused, spoilt
+from tests.pipelines.conftest import Outcome, SmallRun, config_text, refused
+from tests.pipelines.test_bad_input import spoilt
 
 Saebase = Callable[..., Outcome]
 PLACES = ("layers.1.resid_post", "layers.1.mlp_out")

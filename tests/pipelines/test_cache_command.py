@@ -18,8 +18,7 @@ from pipelines import figures
 from pipelines.cache_tables import compact, rounding_line, statistics_tables
 from pipelines.cli import console
 from pipelines.figures import places_on_layers, statistics_figure
-from tests.pipelines.conftest import Outcome, SmallRun
-from tests.pipelines.test_bad_input import refused
+from tests.pipelines.conftest import Outcome, SmallRun, refused
 
 Saebase = Callable[..., Outcome]
 HOOKPOINT = "layers.1.resid_post"

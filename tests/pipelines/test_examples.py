@@ -1,11 +1,14 @@
 """Every example and every benchmark runs."""
 
+import argparse
+import contextlib
 import importlib
 import json
 import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -139,12 +142,52 @@ def test_many_features_are_made_and_asked(
     assert {line["benchmark"] for line in lines} == {"scale", "queries"}
 
 
+INDEX_FEW = ("--n-tokens", 1024, "--d-sae", 64, "--k", 4, "--n-dashboard", 16, "--repeat", 1)
+
+
 def test_an_index_beside_peers_needs_their_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    missing = ("--delphi", tmp_path / "python", "--n-tokens", 512, "--d-sae", 64, "--k", 4)
-    with pytest.raises((SystemExit, OSError), match="python"):
-        call("benchmarks/index_peers.py", *missing, "--repeat", 1, monkeypatch=monkeypatch)
+    missing = ("--delphi", tmp_path / "python", "--dashboard", tmp_path / "python")
+    with pytest.raises(SystemExit, match="make_env"):
+        call("benchmarks/index_peers.py", *missing, *INDEX_FEW, monkeypatch=monkeypatch)
+
+
+@pytest.mark.slow
+def test_an_index_beside_one_peer_tells_which_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = ROOT / ".venv-peers/sae-dashboard/bin/python"
+    if not python.exists():
+        pytest.skip("benchmarks/peers/make_env.sh sae-dashboard wasn't run")
+    peers = ("--delphi", tmp_path / "python", "--dashboard", python)
+    call("benchmarks/index_peers.py", "--json", *peers, *INDEX_FEW, monkeypatch=monkeypatch)
+    told = capsys.readouterr()
+    assert f"{tmp_path / 'python'}: no such python, so delphi is left out" in told.err
+    lines = [json.loads(line) for line in told.out.splitlines()]
+    assert {line["what"].split()[0] for line in lines} == {"saebase", "sae-dashboard"}
+    assert all(line["microseconds_per_token"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize("wrong", [None, "strongest", "density", "blocks", "acts", "tokens"])
+def test_what_sae_dashboard_found_is_held_to_the_codes(
+    wrong: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    peers = importlib.import_module("index_peers")
+    peers.write_codes(tmp_path, argparse.Namespace(n_tokens=1024, d_sae=64, k=4))
+    codes, features = np.load(tmp_path / "codes.npz"), np.array([3, 40])
+    acts = np.stack([((codes["features"] == f) * codes["acts"]).sum(2) for f in features])
+    at = [np.unravel_index(np.argsort(-one[:, 6:-5].ravel())[:20], (4, 245)) for one in acts]
+    blocks, places = (np.stack([each[side] for each in at]) for side in (0, 1))
+    found = {"strongest": acts.max((1, 2)), "density": (acts > 0).mean((1, 2))}
+    found |= {"blocks": blocks, "places": places + 6, "tokens": codes["tokens"][blocks, places + 6]}
+    found["acts"] = np.round(acts[[[0], [1]], blocks, places + 6], 4)
+    if wrong:
+        found[wrong][1] = found[wrong][1] * 0.9 + (wrong == "blocks")
+    np.savez(tmp_path / "found.npz", **found)
+    with pytest.raises(SystemExit, match="differs") if wrong else contextlib.nullcontext():
+        peers.held_to_codes("it", peers.of_dashboard(tmp_path, features, 64))
 
 
 def test_a_gpu_step_needs_a_gpu(

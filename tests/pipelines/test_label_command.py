@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.feature_db.labelling.judge_server import MODEL, JudgeServer
-from tests.pipelines.conftest import Outcome, SmallRun
+from tests.pipelines.conftest import Outcome, SmallRun, refused
 
 Saebase = Callable[..., Outcome]
 KEY = "sk-very-secret-0123456789"
@@ -24,9 +24,8 @@ def db(small_run: SmallRun, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server() -> Iterator[JudgeServer]:
-    running = JudgeServer()
-    yield running
-    running.end()
+    with JudgeServer() as running:
+        yield running
 
 
 @pytest.fixture
@@ -37,14 +36,6 @@ def by_model(db: Path, server: JudgeServer) -> list[object]:
         *("label", "--db", db, "--base-url", server.url, "--model", MODEL, "--features", sql),
         *("--n-shown", 6, "--n-scored", 6, "--price-in", 2, "--price-out", 8),
     ]
-
-
-def refused(outcome: Outcome, *named: object) -> None:
-    assert outcome.status == 2, outcome
-    assert outcome.err.startswith("saebase: ")
-    assert outcome.err.count("\n") == 1, outcome.err
-    for value in named:
-        assert str(value) in outcome.err, outcome.err
 
 
 def labels(saebase: Saebase, db: Path, where: str) -> list[list[str]]:

@@ -8,14 +8,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from tokenizers import decoders as token_decoders
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from activation_cache import LanguageModel, harvest
 from feature_db import Endpoint, IndexConfig, LabelConfig, build_index
 from sae import SAE, BatchTopKConfig, Origin
+from tests.tiny_tokenizers import byte_level_bpe
 
+from ..conftest import random_gpt2
 from .judge_server import MODEL, JudgeServer
 
 HOOKPOINT = "layers.0.resid_pre"
@@ -46,36 +45,11 @@ def texts() -> list[str]:
     return [" " + " ".join(pieces[i : i + 11]) for i in range(0, len(pieces), 11)]
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = token_decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=700,
-        special_tokens=["<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts(), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>"
-    )
-
-
 def _language_model() -> LanguageModel:
     """A model whose first layer reads tokens of length 1 and almost no positions."""
-    tokenizer = _tokenizer()
+    tokenizer = byte_level_bpe(texts(), 700, bos_token="<|end|>", eos_token="<|end|>")
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=128,
-        n_embd=64,
-        n_layer=1,
-        n_head=2,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = GPT2LMHeadModel(config)
+    model = random_gpt2(len(tokenizer), n_embd=64, n_layer=1)
     with torch.no_grad():
         model.transformer.wte.weight.copy_(
             torch.nn.functional.normalize(torch.randn(len(tokenizer), 64), dim=1)
@@ -131,9 +105,8 @@ def planted(planted_index: Planted, tmp_path: Path) -> Planted:
 
 @pytest.fixture
 def server() -> Iterator[JudgeServer]:
-    running = JudgeServer()
-    yield running
-    running.end()
+    with JudgeServer() as running:
+        yield running
 
 
 @pytest.fixture

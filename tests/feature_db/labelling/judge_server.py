@@ -13,8 +13,9 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
+
+from .completions_server import CompletionsHandler, CompletionsServer, completion
 
 MODEL = "judge-1"
 
@@ -50,45 +51,31 @@ class Seen:
         return Counter(marked_word(p) for p in self.prompts if is_explaining(p))
 
 
-class JudgeServer(ThreadingHTTPServer):
+class JudgeServer(CompletionsServer):
     """The server. judge: (explanation, passage) -> answer; the truth unless told otherwise.
 
     fault: of each request by its number, from 0; key: what is wanted in the header, None for any.
     """
 
-    daemon_threads = True
     request_queue_size = 64
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
         self.seen, self.lock = Seen(), threading.Lock()
         self.fault: Callable[[int], Fault | None] = lambda _: None
         self.judge: Callable[[str, str], int] = truth
         self.explain: Callable[[str], str] = lambda prompt: f'the word "{marked_word(prompt)}"'
         self.key: str | None = None
         self.delay_s = 0.0
-        self._thread = threading.Thread(target=self.serve_forever, daemon=True)
-        self._thread.start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    def end(self) -> None:
-        self.shutdown()
-        self.server_close()
-        self._thread.join()
+        super().__init__(_Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that is killed or gives up is no error here."""
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(CompletionsHandler):
     server: JudgeServer
 
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+    def answer(self, body: dict[str, Any]) -> None:
         number = self._note(body)
         fault = self.server.fault(number) or Fault()
         try:
@@ -123,11 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, fault: Fault, text: str) -> None:
         data = text.encode()
-        self.send_response(fault.status)
-        for name, value in {"Content-Type": "application/json", **(fault.headers or {})}.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
+        self.head(fault.status, len(data), fault.headers)
         self.wfile.write(data[: int(len(data) * fault.cut)])
         if fault.cut < 1:
             self.close_connection = True
@@ -135,20 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _completion(self, body: dict[str, Any], content: str | None) -> str:
         prompt = body["messages"][0]["content"]
         content = self._said(prompt) if content is None else content
-        message = {"role": "assistant", "content": content}
-        usage = {"prompt_tokens": len(prompt) // 4, "completion_tokens": len(content) // 4}
-        usage["total_tokens"] = sum(usage.values())
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        return json.dumps(
-            {
-                "id": "x",
-                "object": "chat.completion",
-                "created": 0,
-                "model": MODEL,
-                "choices": [choice],
-                "usage": usage,
-            }
-        )
+        return completion(MODEL, content, len(prompt) // 4, len(content) // 4)
 
     def _said(self, prompt: str) -> str:
         if is_explaining(prompt):
@@ -156,9 +126,6 @@ class _Handler(BaseHTTPRequestHandler):
         explanation = prompt.partition("active on: ")[2].partition("\n")[0]
         answers = [self.server.judge(explanation, each) for each in passages(prompt)]
         return json.dumps({"answers": answers})
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        pass
 
 
 def passages(prompt: str) -> list[str]:

@@ -6,33 +6,21 @@ between the tokens 0 and 1, and writes the text of an explanation freely up to i
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
 
 from activation_cache import LanguageModel
 
+from .completions_server import CompletionsHandler, CompletionsServer, completion
 
-class ModelServer(ThreadingHTTPServer):
+
+class ModelServer(CompletionsServer):
     """Answers with the model, one request at a time."""
 
-    daemon_threads = True
-
     def __init__(self, lm: LanguageModel) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
         self.lm, self.turn = lm, threading.Lock()
-        self._thread = threading.Thread(target=self.serve_forever, daemon=True)
-        self._thread.start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    def end(self) -> None:
-        self.shutdown()
-        self.server_close()
-        self._thread.join()
+        super().__init__(_Handler)
 
     def answer(self, body: dict[str, Any]) -> tuple[str, int, int]:
         """(text, prompt tokens, answer tokens) of a request."""
@@ -69,32 +57,10 @@ class ModelServer(ThreadingHTTPServer):
         return json.dumps({"answers": answers})
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(CompletionsHandler):
     server: ModelServer
 
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text, n_prompt, n_answer = self.server.answer(body)
-        message = {"role": "assistant", "content": text}
-        answer = {
-            "id": "x",
-            "object": "chat.completion",
-            "created": 0,
-            "model": body["model"],
-            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-            "usage": {
-                "prompt_tokens": n_prompt,
-                "completion_tokens": n_answer,
-                "total_tokens": n_prompt + n_answer,
-            },
-        }
-        data = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
+    def answer(self, body: dict[str, Any]) -> None:
+        data = completion(body["model"], *self.server.answer(body)).encode()
+        self.head(200, len(data))
         self.wfile.write(data)
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        pass

