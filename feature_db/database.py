@@ -16,6 +16,7 @@ from sae import SAE
 
 from .activations import activations_view
 from .active import ActiveFeatures, active_features, text_codes
+from .bucketed import Buckets, is_bucketed, is_url
 from .embedders import Embed, Embedder
 from .errors import NotFoundError, OpenError, QueryError
 from .exchange import Format, export
@@ -33,7 +34,7 @@ from .indexing.parts import parts_folder
 from .inputs import weights_hash
 from .label_file import LabelRow, label_of
 from .meaning import Meanings, OnEmbedded, nearest, require_meanings, write_meanings
-from .opening import connected, one_line, version_of
+from .opening import connected, one_line, require_file, version_of
 from .pages import Pages
 from .result import Result
 from .schema import check_version, migrate
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from activation_cache import LanguageModel
 
 _PAGES_AT_ONCE = 256
+_BATCH_ROWS = 65_536
 
 
 class FeatureDB:
@@ -65,52 +67,58 @@ class FeatureDB:
     """
 
     def __init__(
-        self, connection: duckdb.DuckDBPyConnection, path: Path, activations: str | None = None
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        path: Path | str,
+        activations: str | None = None,
+        buckets: Buckets | None = None,
     ) -> None:
-        """activations: SQL that makes the view of that name, which each cursor needs anew."""
-        self._connection, self._activations = connection, activations
+        """path: the file, or the folder or URL of buckets. activations: SQL that makes the view of
+        that name, which each cursor needs anew. buckets: what lies beside the file."""
+        self._connection, self._activations, self._buckets = connection, activations, buckets
         self._vocabulary: Sequence[str] | None = None
         self._saes: list[dict[str, Any]] | None = None
         self._meanings: dict[str, Meanings] = {}
         self._thread = ThreadPoolExecutor(1, "feature-db")
-        self._pages = Pages(self._rows, self._thread)
+        self._pages = (
+            buckets.pages(self._rows) if buckets else Pages(self._rows, self._thread)
+        )
         self.path = path
 
     @classmethod
     def open(
         cls, path: str | Path, *, read_only: bool = True, external_access: bool = True
     ) -> "FeatureDB":
-        """Open a database that `build_index` made.
+        """Open a database that `build_index` made, or the folder or URL that one was exported to
+        with `export(out, "buckets")`.
 
         read_only: several processes may read at once; only one may have it open for writing. An
             older schema is brought up to date when it is opened for writing.
         external_access: whether SQL may read and write other files (COPY, read_csv, ATTACH); a
             read-only database alone does not keep COPY from writing one.
-        Raises: OpenError if it is missing, no feature database, torn or in use;
-            SchemaVersionError if it is of another version.
+        Raises: OpenError if it is missing, no feature database, torn or in use, or is to be written
+            and in buckets; SchemaVersionError if it is of another version.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise OpenError(
-                f"{path} {'is a folder' if path.is_dir() else 'does not exist'}: expected a "
-                "feature database, such as `saebase index` makes"
-            )
-        connection = connected(path, read_only)
+        buckets = Buckets.open(path, read_only=read_only) if is_bucketed(path) else None
+        file = buckets.small if buckets else Path(path)
+        require_file(file)
+        connection = connected(file, read_only)
         try:
-            version = version_of(connection, path)
+            version = version_of(connection, file)
             check_version(version, str(path), may_migrate=not read_only)
             if not read_only:
                 migrate(connection, version)
-            view = activations_view(connection, path)
+            view = None if buckets else activations_view(connection, file)
             if not external_access:
                 if view:
-                    connection.execute("SET allowed_directories = [?]", [f"{parts_folder(path)}/"])
+                    connection.execute("SET allowed_directories = [?]", [f"{parts_folder(file)}/"])
                 connection.execute("SET enable_external_access = false")
                 connection.execute("SET lock_configuration = true")
         except BaseException:
             connection.close()
             raise
-        return cls(connection, path, view)
+        shown = buckets.root if buckets and is_url(path) else Path(path)
+        return cls(connection, shown, view, buckets)
 
     def close(self) -> None:
         """Close the database; results already fetched stay usable."""
@@ -131,6 +139,16 @@ class FeatureDB:
 
     def __repr__(self) -> str:
         return f"FeatureDB({str(self.path)!r})"
+
+    @property
+    def name(self) -> str:
+        """The last part of its path or URL."""
+        return str(self.path).rstrip("/").rpartition("/")[2]
+
+    @property
+    def is_bucketed(self) -> bool:
+        """Whether its large tables lie in buckets: see docs/buckets.md."""
+        return self._buckets is not None
 
     def sql(
         self,
@@ -153,6 +171,20 @@ class FeatureDB:
             raise QueryError("limits hold for untrusted SQL alone: pass untrusted=True with them")
         return self._result(self._arrow(query, params))
 
+    def sql_about(self, ids: Sequence[tuple[int, int]], query: str, params: Params) -> Result:
+        """SQL that asks about these features, (sae_id, feature_id), alone.
+
+        Of a database in buckets the rows of no others are read, nor seen by the query.
+        """
+        return self._result(self._arrow(query, params, ids))
+
+    def batches(self, query: str, params: Params | None = None) -> Iterator[pa.Table]:
+        """The rows of a query, some ten thousand at a time: the result is never whole in memory."""
+        with self._asking(query) as cursor:
+            reader = cursor.sql(query, params=params).to_arrow_reader(_BATCH_ROWS)
+            for batch in reader:
+                yield pa.Table.from_batches([batch])
+
     def vocabulary(self) -> Sequence[str]:
         """The text of every token, by token id; read once. ("" where an old database forgot it.)"""
         if self._vocabulary is None:
@@ -166,8 +198,7 @@ class FeatureDB:
         Their bytes differ all the same: DuckDB gives each file a random identifier.
         """
         digest = xxhash.xxh3_128()
-        tables = self._rows("SELECT table_name FROM duckdb_tables() ORDER BY table_name")
-        for table in (row["table_name"] for row in tables):
+        for table in self._tables():
             digest.update(table.encode())
             rows = self._rows(f"SELECT md5(row::VARCHAR) AS digest FROM {table} AS row")
             digest.update("".join(row["digest"] for row in rows).encode())
@@ -202,9 +233,9 @@ class FeatureDB:
         a list of ids: to look at, steer by or export. Raises: NotFoundError."""
         return FeatureSet.of(self, found)
 
-    def export(self, out: str | Path, format: Format, **options: Any) -> Path:  # noqa: A002
-        """All features, or those that are said, as parquet, jsonl, csv, labels, neuronpedia or
-        html. options: those of `feature_db.exchange.export`."""
+    def export(self, out: str | Path, format: Format, **options: Any) -> Path | str:  # noqa: A002
+        """All features, or those that are said, as parquet, buckets, jsonl, csv, labels, neuronpedia
+        or html. options: those of `feature_db.exchange.export`."""
         return export(self, out, format, **options)
 
     def embed(self, model: str | Path | Embed, on_embedded: OnEmbedded | None = None) -> int:
@@ -371,20 +402,38 @@ class FeatureDB:
         is_shaded = {"token_ids", "acts"} <= set(table.column_names)
         return Result(table, self.vocabulary() if is_shaded else (), self.features)
 
-    def _arrow(self, query: str, params: Params | None) -> pa.Table:
+    def _arrow(
+        self, query: str, params: Params | None, about: Sequence[tuple[int, int]] | None = None
+    ) -> pa.Table:
+        with self._asking(query, about) as cursor:
+            relation = cursor.sql(query, params=params)
+            return pa.table({}) if relation is None else relation.to_arrow_table()
+
+    @contextmanager
+    def _asking(
+        self, query: str, about: Sequence[tuple[int, int]] | None = None
+    ) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A cursor that has the tables that a query names. about: of these features alone, where
+        that saves reading. Raises: QueryError; OpenError for buckets that can't be read."""
         try:
             with self._connection.cursor() as cursor:
-                if self._activations and "activations" in query.lower():
+                if self._buckets and about is None:
+                    self._buckets.attach(cursor, query)
+                elif self._buckets:
+                    self._buckets.attach_some(cursor, query, about or ())
+                elif self._activations and "activations" in query.lower():
                     cursor.execute(self._activations).fetchall()
-                relation = cursor.sql(query, params=params)
-                return pa.table({}) if relation is None else relation.to_arrow_table()
+                yield cursor
         except duckdb.Error as error:
             raise QueryError(self._explained(str(error))) from None
 
     def _untrusted_arrow(self, query: str, params: Params | None, limits: SqlLimits) -> pa.Table:
         try:
             self._connection.cursor().close()  # closed, this says so as it does for other SQL
-            return run_untrusted(self.path, query, params, limits)
+            if self._buckets is None:
+                return run_untrusted(Path(self.path), query, params, limits)
+            named = self._buckets.for_strangers(self._connection, query)
+            return run_untrusted(self._buckets.small, query, params, limits, named)
         except (duckdb.Error, QueryError) as error:
             kind = type(error) if isinstance(error, QueryError) else QueryError
             raise kind(visible(self._explained(str(error)))) from None
@@ -405,22 +454,27 @@ class FeatureDB:
 
     def _rows(self, query: str, params: Params | None = None) -> list[dict[str, Any]]:
         """Few rows, in less time than by way of Arrow."""
-        try:
-            with self._connection.cursor() as cursor:
-                found = cursor.execute(query, params)
-                names = [column[0] for column in found.description]
-                return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
-        except duckdb.Error as error:
-            raise QueryError(self._explained(str(error))) from None
+        with self._asking(query, asked_of(params)) as cursor:
+            found = cursor.execute(query, params)
+            names = [column[0] for column in found.description]
+            return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
 
     def _explained(self, message: str) -> str:
         """DuckDB's message in one line; where a table is unknown, with those that there are."""
         message = one_line(message)
+        if self._buckets:
+            message = self._buckets.explained(message)
         if not re.search(r"Table with name .* does not exist", message):
             return message
-        tables = self._rows("SELECT table_name FROM duckdb_tables() ORDER BY table_name")
-        names = ", ".join(row["table_name"] for row in tables)
-        return f"{message}; the tables are {names}"
+        return f"{message}; the tables are {', '.join(self._tables())}"
+
+    def _tables(self) -> list[str]:
+        """The names of the tables, in order."""
+        found = self._rows(
+            "SELECT DISTINCT table_name FROM duckdb_columns() "
+            "WHERE NOT internal AND database_name = current_database() ORDER BY table_name"
+        )
+        return [row["table_name"] for row in found]
 
     def require_sae(self, sae_id: int | None) -> int:
         """The SAE meant. Raises: NotFoundError if that is unknown or not plain."""

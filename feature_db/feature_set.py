@@ -96,7 +96,7 @@ class FeatureSet:
         steered: AbstractContextManager[None] = _registered("steer")(self, lm, sae, strength)
         return steered
 
-    def export(self, out: str | Path, format: Format, **options: Any) -> Path:  # noqa: A002
+    def export(self, out: str | Path, format: Format, **options: Any) -> Path | str:  # noqa: A002
         """These features as parquet, jsonl, csv, labels, neuronpedia or html; options are those of
         `feature_db.exchange.export`. Raises: ExportError; NotFoundError for an empty set."""
         return export(self.db, out, format, self.ids, **options)

@@ -12,6 +12,16 @@ from .schema import get_meta
 _HEADER_BYTES = 3 * 4096
 
 
+def require_file(path: Path) -> None:
+    """Raises: OpenError unless there is a file."""
+    if not path.is_file():
+        raise OpenError(
+            f"{path} {'is a folder' if path.is_dir() else 'does not exist'}: expected a feature "
+            "database, such as `saebase index` makes, or a folder that one was exported to with "
+            "--format buckets"
+        )
+
+
 def connected(path: Path, read_only: bool) -> duckdb.DuckDBPyConnection:
     """A connection to a file. Raises: OpenError if it is no DuckDB file, torn or in use."""
     try:

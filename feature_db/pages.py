@@ -12,13 +12,13 @@ Ask = Callable[[str, Sequence[Any]], Rows]
 
 # What a page shows of each table; the texts of tokens are in the vocabulary. One thread asks for
 # these, another one for all others: about half of the time each.
-_SHOWN = {
+SHOWN = {
     "contexts": "kind, rank, quantile, doc_id, position, act, token, peak, text, token_ids, acts",
     "feature_nearby_tokens": "place, rank, token_id, n_active, n_total, mean_act, lift",
     "feature_tokens": "rank, token_id, n_active, n_total, mean_act, lift",
     "feature_logits": "sign, rank, token_id, logit",
 }
-_SHOWN_MEANWHILE = {
+SHOWN_MEANWHILE = {
     "neighbors": "rank, neighbor_id, cosine",
     "coactivations": "rank, other_id, n_both, npmi",
     "features": "density, n_active, mean_act, max_act, is_dead, label, label_method",
@@ -45,8 +45,8 @@ class Pages:
         Rows of `neighbors` and `coactivations` have the other feature's label too.
         """
         ids = list(feature_ids)
-        some = self._thread.submit(self._of, _SHOWN, sae_id, ids)
-        rows = self._of(_SHOWN_MEANWHILE, sae_id, ids)
+        some = self._thread.submit(self._of, SHOWN, sae_id, ids)
+        rows = self._of(SHOWN_MEANWHILE, sae_id, ids)
         add_labels(rows, self._ask, sae_id)
         return rows | some.result()
 

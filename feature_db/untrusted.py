@@ -54,14 +54,21 @@ class SqlLimits(BaseModel):
     )
 
 
-def run_untrusted(path: Path, query: str, params: Params | None, limits: SqlLimits) -> pa.Table:
-    """The rows of one SELECT over the database at `path`.
+def run_untrusted(
+    path: Path,
+    query: str,
+    params: Params | None,
+    limits: SqlLimits,
+    buckets: Sequence[str] = (),
+) -> pa.Table:
+    """The rows of one SELECT over the database at `path`. buckets: tables that lie in files beside
+    it, as `feature_db.bucketed` has them.
 
     Raises: QueryError for SQL that isn't one SELECT, that DuckDB refuses or that fails, in DuckDB's
         words; QueryLimitError where it takes too much, or ends its process; OpenError if the
         database can't be opened for reading.
     """
-    request = _request(path, query, params, limits)
+    request = _request(path, query, params, limits, buckets)
     with _child(path.absolute().parent) as child:
         assert child.stdin is not None
         assert child.stdout is not None
@@ -76,11 +83,14 @@ def run_untrusted(path: Path, query: str, params: Params | None, limits: SqlLimi
     return pa.ipc.open_stream(rows).read_all()
 
 
-def _request(path: Path, query: str, params: Params | None, limits: SqlLimits) -> bytes:
+def _request(
+    path: Path, query: str, params: Params | None, limits: SqlLimits, buckets: Sequence[str]
+) -> bytes:
     """What the child reads. Raises: QueryError for what can't be sent."""
     names = params if isinstance(params, Mapping) else map(str, range(len(params or ())))
     values = params.values() if isinstance(params, Mapping) else params or ()
     head = {"file": path.name, "query": query, "named": isinstance(params, Mapping)}
+    head["buckets"] = list(buckets)
     try:
         query.encode()
         columns = {name: pa.array([value]) for name, value in zip(names, values, strict=True)}

@@ -13,6 +13,7 @@ extensions, no Python variables, and a locked configuration; the kernel gives th
 file, socket, thread or process, no byte of any file to write, and bounds its memory and its time.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -38,18 +39,22 @@ _MESSAGE_CHARACTERS = 2000
 # Of the memory that the query may take, what DuckDB plans with: its own error is clearer than the
 # kernel's refusal, which also has to leave room for rows on their way out.
 _ENGINE_SHARE = 0.7
+_DATASETS = Path(__file__).with_name("bucketed") / "datasets.py"
+_FILES_OF_BUCKETS = 64
 
 
 class Request(NamedTuple):
     """What the parent asks for.
 
     file: the database, in the working directory. query: SQL, not looked at yet. named: whether the
-    parameters are for `$name` rather than `?`. memory_bytes, time_s, result_bytes: see SqlLimits.
+    parameters are for `$name` rather than `?`. buckets: tables in files beside the database, which
+    the query may name. memory_bytes, time_s, result_bytes: see SqlLimits.
     """
 
     file: str
     query: str
     named: bool
+    buckets: list[str]
     memory_bytes: int
     time_s: float
     result_bytes: int
@@ -100,7 +105,8 @@ def _answered(request: Request, encoded_params: bytes, answers: BufferedWriter) 
     try:
         connection = _opened(request)
         _encoded(connection.sql("SELECT 1 AS warm"), request.result_bytes)
-    except duckdb.Error as error:
+        _attach(connection, request.buckets)
+    except (duckdb.Error, pa.ArrowException, OSError) as error:
         raise Refusal("open", str(error)) from None
     _lock(request)
     answers.write(b"\n")
@@ -161,13 +167,45 @@ def _opened(request: Request) -> "duckdb.DuckDBPyConnection":
     return connection
 
 
+def _attach(connection: "duckdb.DuckDBPyConnection", tables: list[str]) -> None:
+    """Make files of buckets tables. DuckDB itself opens none: pyarrow reads these and no others."""
+    if not tables:
+        return
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    datasets = _datasets()
+    # One thread each, started by a first read: behind the locks there are no new ones.
+    pa.set_cpu_count(1)
+    pa.set_io_thread_count(1)
+    files = datasets.files_by_table(pq.read_table("files.parquet"))
+    for table in tables:
+        if of := files.get(table):
+            made = datasets.dataset(of, lambda file: file.name, pq.read_schema(of[0].name))
+            made.head(1)
+            connection.register(table, made)
+        else:
+            datasets.make_empty(connection, table)
+
+
+def _datasets() -> Any:
+    """The module of that name, which needs nothing else of ours."""
+    spec = importlib.util.spec_from_file_location("datasets", _DATASETS)
+    assert spec is not None
+    assert spec.loader is not None
+    datasets = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(datasets)
+    return datasets
+
+
 def _lock(request: Request) -> None:
     """Take from this process what the query doesn't need. Nothing gives it back."""
     if sys.platform == "linux":
         _limit(resource.RLIMIT_AS, _address_space() + request.memory_bytes)
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_FSIZE, 0)
-    _limit(resource.RLIMIT_NOFILE, 0)  # those that are open stay open
+    # Those that are open stay open. Of buckets, pyarrow opens some at a time.
+    _limit(resource.RLIMIT_NOFILE, _FILES_OF_BUCKETS if request.buckets else 0)
     _limit(resource.RLIMIT_NPROC, 0)
     _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + request.time_s) + 1)
     # The parent kills at the same time; this is for a parent that has been killed itself.

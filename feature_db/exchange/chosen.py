@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import NotFoundError
 
 if TYPE_CHECKING:
     from ..database import FeatureDB
+    from ..result import Result
 
 Pair = tuple[int, int]
 
@@ -45,13 +46,15 @@ OnProgress = Callable[[ExportProgress], None]
 
 
 class Block(NamedTuple):
-    """Some of the features. params: their sae_ids and feature_ids, for SQL with `CHOSEN`.
+    """Some of the features. n_after: how many features are done with it."""
 
-    n_after: how many features are done with it.
-    """
-
-    params: list[list[int]]
+    ids: Sequence[Pair]
     n_after: int
+
+    @property
+    def params(self) -> list[list[int]]:
+        """Their sae_ids and feature_ids, for SQL with `CHOSEN`."""
+        return [[pair[0] for pair in self.ids], [pair[1] for pair in self.ids]]
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,11 @@ class Chosen:
         """n_features at a time."""
         for start in range(0, len(self.ids), n_features):
             ids = self.ids[start : start + n_features]
-            yield Block([[pair[0] for pair in ids], [pair[1] for pair in ids]], start + len(ids))
+            yield Block(ids, start + len(ids))
+
+    def ask(self, sql: str, block: Block, *more: Any) -> "Result":
+        """SQL with `CHOSEN` about the features of a block. more: its parameters from the third."""
+        return self.db.sql_about(block.ids, sql, [*block.params, *more])
 
     def tell(self, n_done: int, n_total: int | None = None, unit: str = "features") -> None:
         """Say how far it is."""
@@ -110,7 +117,7 @@ def table_columns(db: "FeatureDB") -> dict[str, dict[str, str]]:
     tables: dict[str, dict[str, str]] = {}
     for table, column, kind in db.sql(
         "SELECT table_name, column_name, data_type FROM duckdb_columns() "
-        "WHERE table_name IN (SELECT table_name FROM duckdb_tables()) "
+        "WHERE NOT internal AND database_name = current_database() "
         "ORDER BY table_name, column_index"
     ):
         tables.setdefault(table, {})[column] = kind

@@ -73,9 +73,23 @@ def opened(path: Path, *, is_compressed: bool = False) -> Iterator[IO[bytes]]:
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     """Write what a folder holds; by its manifest an export is known as one."""
-    text = json.dumps({"made_by": MADE_BY, **content}, indent=1, allow_nan=False)
     with opened(folder / MANIFEST) as file:
-        file.write(f"{text}\n".encode())
+        file.write(manifest_text(content))
+
+
+def manifest_text(content: dict[str, Any]) -> bytes:
+    """A manifest as it is written."""
+    text = json.dumps({"made_by": MADE_BY, **content}, indent=1, allow_nan=False)
+    return f"{text}\n".encode()
+
+
+def is_export(manifest: bytes) -> bool:
+    """Whether a manifest is of an export."""
+    try:
+        found = json.loads(manifest)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.get("made_by") == MADE_BY
 
 
 def _aside(out: Path) -> Path:
@@ -99,10 +113,9 @@ def _require_free(out: Path, overwrite: bool, *, is_folder: bool) -> None:
 
 def _is_export(folder: Path) -> bool:
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return is_export((folder / MANIFEST).read_bytes())
+    except OSError:
         return False
-    return isinstance(found, dict) and found.get("made_by") == MADE_BY
 
 
 def _commit_folder(aside: Path, out: Path) -> None:

@@ -23,7 +23,7 @@ def write_csv(chosen: Chosen, out: Path, overwrite: bool) -> None:
     """A header, then a row for each feature. Columns: docs/exchange.md; lists are JSON."""
     with new_file(out, overwrite=overwrite) as file:
         for i, block in enumerate(chosen.blocks(_BLOCK)):
-            rows = chosen.db.sql(_FLAT, block.params)
+            rows = chosen.ask(_FLAT, block)
             lines = ([rows.columns] if i == 0 else []) + [list(row) for row in rows]
             file.write(csv_text(lines).encode())
             chosen.tell(block.n_after)

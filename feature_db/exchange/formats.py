@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from ..errors import ExportError
+from .buckets import write_buckets
 from .chosen import Chosen, OnProgress, Pair
 from .flat_csv import write_csv
 from .json_lines import write_jsonl, write_labels
@@ -16,7 +17,7 @@ from .static_page import write_html
 if TYPE_CHECKING:
     from ..database import FeatureDB
 
-Format = Literal["parquet", "jsonl", "csv", "labels", "neuronpedia", "html"]
+Format = Literal["parquet", "buckets", "jsonl", "csv", "labels", "neuronpedia", "html"]
 FORMATS: tuple[str, ...] = get_args(Format)
 _WRITERS: dict[str, Callable[[Chosen, Path, bool], None]] = {
     "parquet": write_parquet,
@@ -36,15 +37,16 @@ def export(
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
     neuronpedia: NeuronpediaNames | None = None,
-) -> Path:
+) -> Path | str:
     """Write features as `format`: docs/exchange.md has what is in each.
 
-    out: a folder for parquet and neuronpedia, a file for the others, compressed if its name ends in
-        .gz. It is there whole or not at all. features: (sae_id, feature_id) in the order wanted;
-        None for all. overwrite: replace what an earlier export wrote.
+    out: a folder for parquet and neuronpedia, a folder or a URL for buckets, a file for the others,
+        compressed if its name ends in .gz. It is there whole or not at all. features: (sae_id,
+        feature_id) in the order wanted; None for all. overwrite: replace what an earlier export
+        wrote.
     on_progress: called after every block; an exception that it raises ends the export, and nothing
         is left. neuronpedia: names there, for that format alone.
-    Returns: `out`.
+    Returns: `out`, which is no Path where it is a URL.
     Raises: ExportError for a path that is taken, an unknown format, or one that can't hold these
         features; NotFoundError for no feature, or unknown ones.
     """
@@ -53,6 +55,9 @@ def export(
     if neuronpedia is not None and format != "neuronpedia":
         raise ExportError(f"names in Neuronpedia are for its format alone, not for {format}")
     chosen = Chosen.of(db, features, on_progress)
+    if format == "buckets":
+        write_buckets(chosen, out, overwrite)
+        return out
     if format == "neuronpedia":
         write_neuronpedia(chosen, Path(out), overwrite, neuronpedia or NeuronpediaNames())
     else:

@@ -25,7 +25,7 @@ def write_jsonl(chosen: Chosen, out: Path, overwrite: bool) -> None:
     sql = _page_sql(chosen.db)
     with new_file(out, overwrite=overwrite) as file:
         for block in chosen.blocks(_BLOCK):
-            for (line,) in chosen.db.sql(sql, block.params):
+            for (line,) in chosen.ask(sql, block):
                 file.write(f"{line}\n".encode())
             chosen.tell(block.n_after)
 
@@ -38,7 +38,7 @@ def write_labels(chosen: Chosen, out: Path, overwrite: bool) -> None:
     n_lines = 0
     with new_file(out, overwrite=overwrite) as file:
         for block in chosen.blocks(_BLOCK):
-            for (line,) in chosen.db.sql(_LABELS, block.params):
+            for (line,) in chosen.ask(_LABELS, block):
                 file.write(f"{line}\n".encode())
                 n_lines += 1
             chosen.tell(block.n_after)

@@ -115,7 +115,7 @@ def _write_batch(
 ) -> None:
     named = [source.model_id, source.source_id, source.source_set, creator_id]
     for kind, sql in _BATCHES.items():
-        lines = [row[0] for row in chosen.db.sql(sql, [*block.params, *named])]
+        lines = [row[0] for row in chosen.ask(sql, block, *named)]
         if not lines:
             continue  # the importer reads the columns off a file's first line
         with opened(place / kind / f"batch-{i}.jsonl.gz", is_compressed=True) as file:

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from sae.atomic_files import fsync, sha256
 
+from ..bucketed.layout import BUCKETED
 from .chosen import CHOSEN, DERIVED, Chosen, table_columns
 from .destination import new_folder, write_manifest
 
@@ -55,7 +56,7 @@ def manifest(chosen: Chosen, format_name: str, **more: Any) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "saebase_version": version("saebase"),
         "schema_version": int(meta["schema_version"]),
-        "database": chosen.db.path.name,
+        "database": chosen.db.name,
         "meta": meta,
         "n_features": len(chosen.ids),
         "is_all": chosen.is_all,
@@ -72,7 +73,7 @@ def _table_rows(chosen: Chosen, table: str, columns: dict[str, str]) -> Iterator
     """The rows of one table that belong to the export, a block at a time."""
     if not chosen.is_all and "feature_id" in columns:
         for block in chosen.blocks(_BLOCK):
-            yield chosen.db.sql(_OF_FEATURES.format(table=table), block.params).arrow()
+            yield chosen.ask(_OF_FEATURES.format(table=table), block).arrow()
     elif not chosen.is_all and "sae_id" in columns:
         sql = f"SELECT * FROM {table} WHERE sae_id IN (SELECT unnest(?::INTEGER[]))"
         yield chosen.db.sql(sql, [chosen.sae_ids]).arrow()
@@ -84,6 +85,9 @@ def _table_rows(chosen: Chosen, table: str, columns: dict[str, str]) -> Iterator
 
 def _whole(chosen: Chosen, table: str, n_rows: int) -> Iterator[pa.Table]:
     """All rows, in their order; by row numbers, so that a block doesn't read those before it."""
+    if chosen.db.is_bucketed and table in BUCKETED:  # they have no row numbers
+        yield from chosen.db.batches(f"SELECT * FROM {table}")
+        return
     (last,) = chosen.db.sql(f"SELECT coalesce(max(rowid), -1) FROM {table}").fetchall()[0]
     sql = f"SELECT * FROM {table} WHERE rowid >= ? AND rowid < ? ORDER BY rowid"
     for start in range(0, int(last) + 1, n_rows):
@@ -93,11 +97,15 @@ def _whole(chosen: Chosen, table: str, n_rows: int) -> Iterator[pa.Table]:
 def _documents(chosen: Chosen, table: str) -> Iterator[pa.Table]:
     ids: set[int] = set()
     for block in chosen.blocks(_BLOCK):
-        ids |= {doc_id for (doc_id,) in chosen.db.sql(_DOC_IDS, block.params)}
+        ids |= {doc_id for (doc_id,) in chosen.ask(_DOC_IDS, block)}
     ordered = sorted(ids)
-    sql = f"SELECT * FROM {table} WHERE doc_id IN (SELECT unnest(?::BIGINT[])) ORDER BY doc_id"
+    sql = (
+        f"SELECT * FROM {table} WHERE doc_id >= ? AND doc_id <= ? "
+        "AND doc_id IN (SELECT unnest(?::BIGINT[])) ORDER BY doc_id"
+    )
     for start in range(0, len(ordered), _BLOCK_DOCUMENTS):
-        yield chosen.db.sql(sql, [ordered[start : start + _BLOCK_DOCUMENTS]]).arrow()
+        some = ordered[start : start + _BLOCK_DOCUMENTS]
+        yield chosen.db.sql(sql, [some[0], some[-1], some]).arrow()
 
 
 _OF_FEATURES = f"""

@@ -55,11 +55,7 @@ def write_html(chosen: Chosen, out: Path, overwrite: bool) -> None:
 
 
 def _listed(chosen: Chosen) -> list[_Listed]:
-    return [
-        _Listed(*row)
-        for block in chosen.blocks(_BLOCK)
-        for row in chosen.db.sql(_LISTED, block.params)
-    ]
+    return [_Listed(*row) for block in chosen.blocks(_BLOCK) for row in chosen.ask(_LISTED, block)]
 
 
 def _head(chosen: Chosen, listed: Sequence[_Listed]) -> str:
@@ -74,7 +70,7 @@ def _head(chosen: Chosen, listed: Sequence[_Listed]) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta name="generator" content="saebase">
-<title>{html_text(f"{n} of {chosen.db.path.name}")}</title>
+<title>{html_text(f"{n} of {chosen.db.name}")}</title>
 <style>
 {style}</style>
 </head>
