@@ -234,8 +234,8 @@ class FeatureDB:
         return FeatureSet.of(self, found)
 
     def export(self, out: str | Path, format: Format, **options: Any) -> Path | str:  # noqa: A002
-        """All features, or those that are said, as parquet, buckets, jsonl, csv, labels, neuronpedia
-        or html. options: those of `feature_db.exchange.export`."""
+        """All features, or those that are said, as one of `feature_db.exchange.FORMATS`, with the
+        options of `feature_db.exchange.export`."""
         return export(self, out, format, **options)
 
     def embed(self, model: str | Path | Embed, on_embedded: OnEmbedded | None = None) -> int:

@@ -91,7 +91,7 @@ def _row(path: Path, number: int, line: str) -> LabelRow:
     return LabelRow(number, found.sae_id, found.feature_id, text, found.method)
 
 
-def label_of(row: LabelRow, sizes: Mapping[int, int], path: Path) -> FeatureLabel:
+def label_of(row: LabelRow, sizes: Mapping[int, int], path: Path | str) -> FeatureLabel:
     """A line's label with its SAE. sizes: features of each SAE. Raises: LabelError."""
     sae_id = next(iter(sizes)) if row.sae_id is None and len(sizes) == 1 else row.sae_id
     if sae_id is None or sae_id not in sizes:

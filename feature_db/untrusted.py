@@ -84,7 +84,7 @@ def run_untrusted(
 
 
 def _request(
-    path: Path, query: str, params: Params | None, limits: SqlLimits, buckets: Sequence[str]
+    path: Path, query: str, params: Params | None, limits: SqlLimits, buckets: Sequence[str] = ()
 ) -> bytes:
     """What the child reads. Raises: QueryError for what can't be sent."""
     names = params if isinstance(params, Mapping) else map(str, range(len(params or ())))

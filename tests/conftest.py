@@ -19,6 +19,8 @@ from tests.tiny_tokenizers import byte_level_bpe
 settings.register_profile("saebase", deadline=None)
 settings.load_profile("saebase")
 
+pytest_plugins = ["tests.s3_server"]
+
 READING_AND_WRITING = ("read-ahead", "read_", "cache-writer", "remote")
 
 

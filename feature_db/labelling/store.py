@@ -37,7 +37,7 @@ class DatabaseFile:
     """
 
     def __init__(self, path: str | Path, wait_s: float = 600.0) -> None:
-        self.path = Path(path)
+        self.path = path
         self._wait_s = wait_s
 
     def read(self, work: Callable[[FeatureDB], T]) -> T:

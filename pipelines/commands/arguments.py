@@ -32,11 +32,14 @@ Place = str
 """A folder or a URL, as it was typed: a Path would make s3:/bucket of s3://bucket."""
 Acts = Annotated[Place, Parameter(help="Folder or URL of an activation cache.")]
 Sae = Annotated[Path, Parameter(help="Folder of a trained SAE.")]
-Database = Annotated[Path, Parameter(name=["--db"], help="Feature database.")]
+Database = Annotated[
+    Place,
+    Parameter(name=["--db"], help="Feature database: its file, or the folder or URL of buckets."),
+]
 SaeId = Annotated[
     int | None, Parameter(help="Which SAE of the database; needed where it holds several.")
 ]
 Limit = Annotated[int, Parameter(help="Rows to show, at most.")]
 
 DEFAULT_ACTS = "acts"
-DEFAULT_DATABASE = Path("features.duckdb")
+DEFAULT_DATABASE = "features.duckdb"

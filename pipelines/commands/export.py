@@ -14,12 +14,13 @@ from ..cli import app, console
 from ..errors import PipelineError
 from ..interruption import stop_asked
 from ..progress import StageProgress
-from .arguments import DEFAULT_DATABASE, Database, SaeId
+from .arguments import DEFAULT_DATABASE, Database, Place, SaeId
 
 Pairs = list[tuple[int, int]]
 _NEXT = {
     "labels": "saebase label --import {out} --db another.duckdb",
     "parquet": "python -c \"import duckdb; print(duckdb.sql('FROM {out}/features.parquet'))\"",
+    "buckets": "saebase show 0 --db {out}",
     "html": "open {out} in a browser",
 }
 
@@ -29,7 +30,11 @@ def export(
     db: Database = DEFAULT_DATABASE,
     *,
     out: Annotated[
-        Path, Parameter(help="Folder (parquet, neuronpedia) or file to make; .gz compresses.")
+        Place,
+        Parameter(
+            help="Folder (parquet, neuronpedia), folder or URL (buckets) or file to make; .gz "
+            "compresses."
+        ),
     ],
     kind: Annotated[Format, Parameter(name=["--format"], help="What to write.")],
     features: Annotated[
@@ -44,7 +49,7 @@ def export(
     ] = False,
     names: Annotated[NeuronpediaNames, Parameter(name="*")] = NeuronpediaNames(),  # noqa: B008
 ) -> None:
-    """Write features as Parquet, JSONL, CSV, labels, Neuronpedia's files or a page of HTML.
+    """Write features as Parquet, buckets, JSONL, CSV, labels, Neuronpedia's files or a page of HTML.
 
     It is there whole or not at all. --sae-id alone exports one SAE of several.
     """
@@ -99,13 +104,15 @@ def _of_sql(db: FeatureDB, sql: str, sae_id: int | None) -> Pairs:
     return [pair for pair in db.features(table).ids if pair[0] == wanted]
 
 
-def _tell(out: Path, kind: str) -> None:
-    files = [path for path in out.rglob("*") if path.is_file()] if out.is_dir() else [out]
-    megabytes = sum(path.stat().st_size for path in files) / 1e6
-    count = f" in {len(files)} files" if out.is_dir() else ""
-    line = f"  {visible(str(out))}: {kind}, {megabytes:,.1f} MB{count}"
+def _tell(out: Place, kind: str) -> None:
+    line = f"  {visible(out)}: {kind}"
+    if "://" not in out:
+        made = Path(out)
+        files = [path for path in made.rglob("*") if path.is_file()] if made.is_dir() else [made]
+        megabytes = sum(path.stat().st_size for path in files) / 1e6
+        line += f", {megabytes:,.1f} MB" + (f" in {len(files)} files" if made.is_dir() else "")
     console.print(line, highlight=False, markup=False, soft_wrap=True)
     if kind in _NEXT:
         console.print("[dim]next:[/] ", end="")
-        command = visible(_NEXT[kind].format(out=quote(str(out))))
+        command = visible(_NEXT[kind].format(out=quote(out)))
         console.print(command, highlight=False, markup=False, soft_wrap=True)

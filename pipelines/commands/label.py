@@ -24,7 +24,7 @@ from ..cli import app, console
 from ..errors import PipelineError
 from ..interruption import stop_asked
 from ..progress import StageProgress
-from .arguments import DEFAULT_DATABASE, Database, SaeId
+from .arguments import DEFAULT_DATABASE, Database, Place, SaeId
 
 OPENAI_HOST = "https://api.openai.com/"
 OPENAI_KEY = "OPENAI_API_KEY"
@@ -104,7 +104,7 @@ def _require_one_way(
 
 
 def _label_by_hand(
-    path: Path, feature: int, text: str | None, sae_id: int | None, *, remove: bool
+    path: Place, feature: int, text: str | None, sae_id: int | None, *, remove: bool
 ) -> None:
     if remove == (text is not None):
         raise PipelineError(
@@ -121,7 +121,7 @@ def _label_by_hand(
     _say(f"feature {feature}: {shown.shown_label}{method}")
 
 
-def _import(path: Path, labels: Path, sae_id: int | None) -> None:
+def _import(path: Place, labels: Path, sae_id: int | None) -> None:
     rows = read_label_file(labels)
     if sae_id is not None:
         rows = [row._replace(sae_id=sae_id) if row.sae_id is None else row for row in rows]
@@ -172,7 +172,7 @@ def _tell_estimate(estimate: LabelEstimate, endpoint: Endpoint) -> None:
 
 
 def _label_by_model(
-    path: Path,
+    path: Place,
     endpoint: Endpoint,
     settings: LabelConfig,
     key: str | None,
@@ -205,7 +205,7 @@ def _label_by_model(
         raise KeyboardInterrupt
 
 
-def _tell_summary(done: LabelSummary, path: Path) -> None:
+def _tell_summary(done: LabelSummary, path: Place) -> None:
     cost = "" if done.cost is None else f", cost {done.cost:,.4g}"
     _say(
         f"{done.n_labelled:,} features labelled in {done.n_requests:,} requests: "
