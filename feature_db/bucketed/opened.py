@@ -11,6 +11,7 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow.dataset import Dataset
 
 from ..errors import OpenError
 from ..pages import Ask
@@ -21,6 +22,8 @@ from .places import COPY_AGAIN, LocalPlace, Place, RangeFile, RemotePlace
 from .reader import BucketReader
 
 Pair = tuple[int, int]
+# Of one table, as they lie in files; parsed they take a few times as much.
+_KEPT_FOOTERS_BYTES = 8 << 20
 _MACROS = (
     "SELECT function_name, macro_definition FROM duckdb_functions() "
     "WHERE NOT internal AND macro_definition IS NOT NULL"
@@ -52,6 +55,7 @@ class Buckets:
         self.small = place.small(manifest.small)
         self.reader = BucketReader(place, self.files)
         self._pages: BucketPages | None = None
+        self._datasets = dict[str, Dataset]()
         self._macros: Mapping[str, str] | None = None
 
     @classmethod
@@ -78,7 +82,7 @@ class Buckets:
         """Make the tables that a query names tables of a cursor. Raises: OpenError."""
         for table in self._named(cursor, query):
             if schema := self.reader.schema(table):
-                cursor.register(table, dataset(self.files[table], self._source, schema))
+                cursor.register(table, self._dataset(table, schema))
             else:
                 make_empty(cursor, table)
 
@@ -120,6 +124,17 @@ class Buckets:
         if self._macros is None:
             self._macros = dict(cursor.execute(_MACROS).fetchall())
         return tables_of(query, BUCKETED, self._macros)
+
+    def _dataset(self, table: str, schema: pa.Schema) -> Dataset:
+        """A table's dataset. It keeps the footers that were read, so that a large one isn't kept
+        itself."""
+        if table in self._datasets:
+            return self._datasets[table]
+        files = self.files[table]
+        made = dataset(files, self._source, schema)
+        if sum(file.footer_bytes for file in files) <= _KEPT_FOOTERS_BYTES:
+            self._datasets[table] = made
+        return made
 
     def _source(self, file: BucketFile) -> str | pa.NativeFile:
         if self.folder is not None:

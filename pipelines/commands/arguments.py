@@ -34,7 +34,7 @@ Acts = Annotated[Place, Parameter(help="Folder or URL of an activation cache.")]
 Sae = Annotated[Path, Parameter(help="Folder of a trained SAE.")]
 Database = Annotated[
     Place,
-    Parameter(name=["--db"], help="Feature database: its file, or the folder or URL of buckets."),
+    Parameter(name=["--db"], help="Feature database: a file; of buckets, a folder or URL."),
 ]
 SaeId = Annotated[
     int | None, Parameter(help="Which SAE of the database; needed where it holds several.")

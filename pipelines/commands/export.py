@@ -49,7 +49,7 @@ def export(
     ] = False,
     names: Annotated[NeuronpediaNames, Parameter(name="*")] = NeuronpediaNames(),  # noqa: B008
 ) -> None:
-    """Write features as Parquet, buckets, JSONL, CSV, labels, Neuronpedia's files or a page of HTML.
+    """Write features as Parquet, buckets, JSONL, CSV, labels, Neuronpedia's files or HTML.
 
     It is there whole or not at all. --sae-id alone exports one SAE of several.
     """

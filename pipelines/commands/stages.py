@@ -148,7 +148,7 @@ def index(
         str | None, Parameter(help="A text instead of a cache, run through the SAEs' model now.")
     ] = None,
     n_tokens: Annotated[int | None, Parameter(help="Tokens of --dataset to index.")] = None,
-    out: Annotated[Local, Parameter(help="Database file to write.")] = DEFAULT_DATABASE,
+    out: Annotated[Local, Parameter(help="Database file to write.")] = Path(DEFAULT_DATABASE),
     overwrite: Annotated[bool, Parameter(negative=(), help="Replace another database.")] = False,
     parts: Annotated[
         list[Path] | None,
