@@ -16,7 +16,7 @@ from sae import SAE
 
 from .activations import activations_view
 from .active import ActiveFeatures, active_features, text_codes
-from .bucketed import Buckets, is_bucketed, is_url
+from .bucketed import Buckets, is_bucketed, is_url, unwritable
 from .embedders import Embed, Embedder
 from .errors import NotFoundError, OpenError, QueryError
 from .exchange import Format, export
@@ -445,6 +445,8 @@ class FeatureDB:
             with transaction(self._connection):
                 yield self._connection
         except duckdb.Error as error:
+            if "read-only" in str(error) and self._buckets:
+                raise unwritable(self.path) from None
             if "read-only" in str(error):
                 raise OpenError(
                     f"{self.path} is open for reading alone: to write labels, "

@@ -105,9 +105,12 @@ def _answered(request: Request, encoded_params: bytes, answers: BufferedWriter) 
     try:
         connection = _opened(request)
         _encoded(connection.sql("SELECT 1 AS warm"), request.result_bytes)
+    except duckdb.Error as error:
+        raise Refusal("open", str(error)) from None
+    try:
         _attach(connection, request.buckets)
     except (duckdb.Error, pa.ArrowException, OSError) as error:
-        raise Refusal("open", str(error)) from None
+        raise Refusal("query", f"buckets can't be read: {error}") from None
     _lock(request)
     answers.write(b"\n")
     answers.flush()

@@ -40,6 +40,14 @@ def is_url(path: str | Path) -> bool:
     return "://" in str(path)
 
 
+def unwritable(path: str | Path) -> OpenError:
+    """What to say to somebody who would write."""
+    return OpenError(
+        f"{path} is in buckets, which can't be written: write to the database that it was "
+        "exported from, and export again"
+    )
+
+
 class Buckets:
     """The buckets beside a small file. small: that file, on this machine."""
 
@@ -62,10 +70,7 @@ class Buckets:
     def open(cls, path: str | Path, *, read_only: bool = True) -> "Buckets":
         """Raises: OpenError for a place that isn't one, or is to be written; SchemaVersionError."""
         if not read_only:
-            raise OpenError(
-                f"{path} is in buckets, which can't be written: write to the database that it was "
-                "exported from, and export again"
-            )
+            raise unwritable(path)
         return cls(RemotePlace(str(path)) if is_url(path) else LocalPlace(Path(path)))
 
     @property
@@ -114,7 +119,9 @@ class Buckets:
 
     def explained(self, message: str) -> str:
         """DuckDB's message, in the words of whoever failed where that was no part of DuckDB."""
-        found = re.search(r"reading the stream registered as .*? failed: (.*)", message)
+        found = re.search(
+            r"(?:stream registered as .*? failed|buckets can't be read): (.*)", message
+        )
         if not found:
             return message
         said = found[1].partition(" Detail: Python exception")[0].removeprefix("IOError: ")

@@ -8,7 +8,9 @@ replaced nothing old is read.
 import hashlib
 import io
 import os
+import threading
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +24,10 @@ from ..errors import OpenError
 from .layout import MANIFEST, SMALL, Part
 
 _FETCHED_AT_ONCE = 32 << 20
+# Several threads may find the same copy damaged.
+_FORGOTTEN_AT_MOST = 4
 COPY_AGAIN = "copy it again, or export again"
+_OTHER_HASH = "its sha256 isn't the manifest's"
 
 
 class Place(ABC):
@@ -49,10 +54,12 @@ class Place(ABC):
 
     def checked(self, name: str, part: Part) -> bytes:
         """A whole file, its hash verified. Raises: OpenError."""
-        data = self.read(name, 0, part.n_bytes)
-        if hashlib.sha256(data).hexdigest() != part.sha256:
-            raise self.damaged(name, "its sha256 isn't the manifest's")
-        return data
+        while True:
+            data = self.read(name, 0, part.n_bytes)
+            if hashlib.sha256(data).hexdigest() == part.sha256:
+                return data
+            if not self.forget(name):
+                raise self.damaged(name, _OTHER_HASH)
 
     def damaged(self, name: str, how: str) -> OpenError:
         """What to say of a file."""
@@ -89,7 +96,7 @@ class LocalPlace(Place):
         path = self.folder / SMALL
         with self._told(SMALL):
             if path.stat().st_size != part.n_bytes or sha256(path) != part.sha256:
-                raise self.damaged(SMALL, "its sha256 isn't the manifest's")
+                raise self.damaged(SMALL, _OTHER_HASH)
         return path
 
     @contextmanager
@@ -109,6 +116,7 @@ class RemotePlace(Place):
         with _told():
             self._files = RemoteFiles.open(url)
         self.root, self._version = self._files.root, ""
+        self._forgotten, self._guard = Counter[str](), threading.Lock()
 
     def manifest(self) -> bytes:
         try:
@@ -128,15 +136,18 @@ class RemotePlace(Place):
         return data
 
     def forget(self, name: str) -> bool:
+        with self._guard:
+            self._forgotten[name] += 1
+            n_times = self._forgotten[name]
         block_cache().forget(self._key(name))
-        return True
+        return n_times <= _FORGOTTEN_AT_MOST
 
     def small(self, part: Part) -> Path:
         """Fetched once; among other things of the block cache, so that it may be fetched again."""
         path = block_cache().folder / self._key(SMALL) / SMALL
         with suppress(OSError):
             os.utime(path)
-            if path.stat().st_size == part.n_bytes:
+            if path.stat().st_size == part.n_bytes and sha256(path) == part.sha256:
                 return path
         aside = path.with_name(f"{SMALL}.{os.getpid()}.partial")
         try:
@@ -162,7 +173,7 @@ class RemotePlace(Place):
                 digest.update(data)
                 file.write(data)
         if digest.hexdigest() != part.sha256:
-            raise self.damaged(SMALL, "its sha256 isn't the manifest's")
+            raise self.damaged(SMALL, _OTHER_HASH)
 
     def _fetched(self, name: str, begin: int, end: int) -> bytes:
         try:

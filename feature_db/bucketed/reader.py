@@ -9,16 +9,15 @@ import os
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import OpenError
 from .datasets import BucketFile, Files
 from .places import Place
 
@@ -29,6 +28,7 @@ _GROUPS_AT_ONCE = 64
 _MAGIC = b"PAR1"
 
 Ints = npt.NDArray[np.int64]
+T = TypeVar("T")
 
 
 class Footer(NamedTuple):
@@ -126,30 +126,38 @@ class BucketReader:
         """Groups that lie behind each other, read as one range. Raises: OpenError."""
         metadata = self.footer(file).metadata
         begin, end = _bytes_of(metadata, int(groups[0]))[0], _bytes_of(metadata, int(groups[-1]))[1]
-        for is_again in (False, True):
-            data = self._place.read(file.name, begin, end)
-            try:
-                window = pa.PythonFile(_Window(data, begin, file.n_bytes), mode="r")
-                parquet = pq.ParquetFile(
-                    window, metadata=metadata, page_checksum_verification=True, pre_buffer=False
-                )
-                return parquet.read_row_groups(groups.tolist(), columns, use_threads=False)
-            except (pa.ArrowException, OSError) as error:
-                if is_again or not self._place.forget(file.name):
-                    raise self._damaged(file, error) from None
-        raise AssertionError("the second time it is read or raised")
+
+        def decoded(data: bytes) -> pa.Table:
+            window = pa.PythonFile(_Window(data, begin, file.n_bytes), mode="r")
+            parquet = pq.ParquetFile(
+                window, metadata=metadata, page_checksum_verification=True, pre_buffer=False
+            )
+            return parquet.read_row_groups(groups.tolist(), columns, use_threads=False)
+
+        return self._understood(file, begin, end, decoded)
 
     def _parsed_footer(self, file: BucketFile) -> Footer:
-        data = self._place.read(file.name, file.n_bytes - file.footer_bytes, file.n_bytes)
-        try:
+        begin = file.n_bytes - file.footer_bytes
+
+        def parsed(data: bytes) -> Footer:
             metadata = pq.read_metadata(pa.BufferReader(_MAGIC + data))
             return _footer(metadata, file.sae_id is not None)
-        except (pa.ArrowException, OSError, AttributeError) as error:
-            self._place.forget(file.name)
-            raise self._damaged(file, error) from None
 
-    def _damaged(self, file: BucketFile, error: Exception) -> OpenError:
-        return self._place.damaged(file.name, " ".join(str(error).split())[:200])
+        return self._understood(file, begin, file.n_bytes, parsed)
+
+    def _understood(self, file: BucketFile, begin: int, end: int, parse: Callable[[bytes], T]) -> T:
+        """What bytes of a file say; read again, once, where a copy on this machine may be damaged.
+
+        Raises: OpenError.
+        """
+        while True:
+            data = self._place.read(file.name, begin, end)
+            try:
+                return parse(data)
+            except (pa.ArrowException, OSError, AttributeError) as error:
+                if not self._place.forget(file.name):
+                    said = " ".join(str(error).split())[:200]
+                    raise self._place.damaged(file.name, said) from None
 
     def _value(self, table: str, number: int, column: str) -> str:
         i = bisect_right(self._rows_before[table], number) - 1

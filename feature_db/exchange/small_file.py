@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from ..bucketed.layout import BUCKETED
 from ..schema import new_database
-from ..transactions import insert, registered
+from ..transactions import insert
 from .chosen import table_columns
 
 if TYPE_CHECKING:
@@ -35,12 +35,9 @@ def write_small(db: "FeatureDB", path: Path) -> None:
 
 
 def _copy(db: "FeatureDB", small: duckdb.DuckDBPyConnection, table: str) -> None:
+    _run(small, f"DELETE FROM {table}")  # a new database says its schema's version already
     for rows in _in_order(db, table):
-        if table == "meta":  # a new database says its schema's version already
-            with registered(small, rows):
-                _run(small, "INSERT OR REPLACE INTO meta FROM incoming")
-        else:
-            insert(small, table, rows)
+        insert(small, table, rows)
 
 
 def _in_order(db: "FeatureDB", table: str) -> Iterator[pa.Table]:
