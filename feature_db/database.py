@@ -16,7 +16,7 @@ from sae import SAE
 
 from .activations import activations_view
 from .active import ActiveFeatures, active_features, text_codes
-from .bucketed import Buckets, is_bucketed, is_url, unwritable
+from .bucketed import Buckets, Some, is_bucketed, is_url, unwritable
 from .embedders import Embed, Embedder
 from .errors import NotFoundError, OpenError, QueryError
 from .exchange import Format, export
@@ -80,9 +80,7 @@ class FeatureDB:
         self._saes: list[dict[str, Any]] | None = None
         self._meanings: dict[str, Meanings] = {}
         self._thread = ThreadPoolExecutor(1, "feature-db")
-        self._pages = (
-            buckets.pages(self._rows) if buckets else Pages(self._rows, self._thread)
-        )
+        self._pages = buckets.pages(self._rows) if buckets else Pages(self._rows, self._thread)
         self.path = path
 
     @classmethod
@@ -123,6 +121,8 @@ class FeatureDB:
     def close(self) -> None:
         """Close the database; results already fetched stay usable."""
         self._thread.shutdown()
+        if self._buckets:
+            self._buckets.close()
         self._saes = None  # so that whoever asks on is told
         self._connection.close()
 
@@ -176,7 +176,7 @@ class FeatureDB:
 
         Of a database in buckets the rows of no others are read, nor seen by the query.
         """
-        return self._result(self._arrow(query, params, ids))
+        return self._result(self._arrow(query, params, Some(ids)))
 
     def batches(self, query: str, params: Params | None = None) -> Iterator[pa.Table]:
         """The rows of a query, some ten thousand at a time: the result is never whole in memory."""
@@ -402,25 +402,19 @@ class FeatureDB:
         is_shaded = {"token_ids", "acts"} <= set(table.column_names)
         return Result(table, self.vocabulary() if is_shaded else (), self.features)
 
-    def _arrow(
-        self, query: str, params: Params | None, about: Sequence[tuple[int, int]] | None = None
-    ) -> pa.Table:
+    def _arrow(self, query: str, params: Params | None, about: Some | None = None) -> pa.Table:
         with self._asking(query, about) as cursor:
             relation = cursor.sql(query, params=params)
             return pa.table({}) if relation is None else relation.to_arrow_table()
 
     @contextmanager
-    def _asking(
-        self, query: str, about: Sequence[tuple[int, int]] | None = None
-    ) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A cursor that has the tables that a query names. about: of these features alone, where
-        that saves reading. Raises: QueryError; OpenError for buckets that can't be read."""
+    def _asking(self, query: str, about: Some | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A cursor that has the tables that a query names. about: of these rows alone, where that
+        saves reading. Raises: QueryError; OpenError for buckets that can't be read."""
         try:
             with self._connection.cursor() as cursor:
-                if self._buckets and about is None:
-                    self._buckets.attach(cursor, query)
-                elif self._buckets:
-                    self._buckets.attach_some(cursor, query, about or ())
+                if self._buckets:
+                    self._buckets.attach(cursor, query, about)
                 elif self._activations and "activations" in query.lower():
                     cursor.execute(self._activations).fetchall()
                 yield cursor
@@ -456,7 +450,7 @@ class FeatureDB:
 
     def _rows(self, query: str, params: Params | None = None) -> list[dict[str, Any]]:
         """Few rows, in less time than by way of Arrow."""
-        with self._asking(query, asked_of(params)) as cursor:
+        with self._asking(query, Some.of(params)) as cursor:
             found = cursor.execute(query, params)
             names = [column[0] for column in found.description]
             return [dict(zip(names, row, strict=True)) for row in found.fetchall()]

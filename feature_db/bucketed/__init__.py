@@ -4,6 +4,6 @@ db.export("s3://bucket/l6", "buckets")
 FeatureDB.open("s3://bucket/l6")
 """
 
-from .opened import Buckets, is_bucketed, is_url, unwritable
+from .opened import Buckets, Some, is_bucketed, is_url, unwritable
 
-__all__ = ["Buckets", "is_bucketed", "is_url", "unwritable"]
+__all__ = ["Buckets", "Some", "is_bucketed", "is_url", "unwritable"]

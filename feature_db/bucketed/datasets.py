@@ -90,13 +90,19 @@ def tables_of(query: str, tables: Iterable[str], macros: Mapping[str, str]) -> l
     return [table for table in tables if table in text]
 
 
-def make_empty(connection: "duckdb.DuckDBPyConnection", table: str) -> None:
-    """Make an empty temporary table with the columns of the view of that name."""
+def make_empty(
+    connection: "duckdb.DuckDBPyConnection", table: str, *, is_numbered: bool = False
+) -> None:
+    """Make an empty temporary table with the columns of the view of that name.
+
+    is_numbered: with another column, `rowid`, as tables have one that isn't seen.
+    """
     found = connection.execute(
         "SELECT column_name, data_type FROM duckdb_columns() "
         "WHERE table_name = ? AND database_name = current_database() ORDER BY column_index",
         [table],
     ).fetchall()
+    found += [("rowid", "BIGINT")] if is_numbered else []
     columns = ", ".join(f'"{name}" {kind}' for name, kind in found)
     connection.execute(f"CREATE TEMP TABLE {table} ({columns})").fetchall()
 

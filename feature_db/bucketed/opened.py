@@ -5,8 +5,11 @@ tables of a cursor.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import duckdb
 import pyarrow as pa
@@ -24,6 +27,8 @@ from .reader import BucketReader
 Pair = tuple[int, int]
 # Of one table, as they lie in files; parsed they take a few times as much.
 _KEPT_FOOTERS_BYTES = 8 << 20
+_READS_AT_ONCE = 8
+_FEATURES_AT_ONCE = 64
 _MACROS = (
     "SELECT function_name, macro_definition FROM duckdb_functions() "
     "WHERE NOT internal AND macro_definition IS NOT NULL"
@@ -38,6 +43,26 @@ def is_bucketed(path: str | Path) -> bool:
 def is_url(path: str | Path) -> bool:
     """Whether a place is no path of this machine."""
     return "://" in str(path)
+
+
+class Some(NamedTuple):
+    """Which rows a query is about: of features, (sae_id, feature_id), or by their row numbers.
+
+    is_numbered: whether each is to have its number as `rowid`.
+    """
+
+    features: Sequence[Pair] = ()
+    numbers: Sequence[int] | None = None
+    is_numbered: bool = False
+
+    @classmethod
+    def of(cls, params: object) -> "Some | None":
+        """What a search's query is about, by its parameters; None for any other query."""
+        if isinstance(params, dict) and "feature_ids" in params:
+            return cls(list(zip(params["sae_ids"], params["feature_ids"], strict=True)), None, True)
+        if isinstance(params, dict) and "ids" in params:
+            return cls((), params["ids"], True)
+        return None
 
 
 def unwritable(path: str | Path) -> OpenError:
@@ -62,7 +87,7 @@ class Buckets:
             raise place.damaged(FILES, " ".join(str(error).split())) from None
         self.small = place.small(manifest.small)
         self.reader = BucketReader(place, self.files)
-        self._pages: BucketPages | None = None
+        self._threads = ThreadPoolExecutor(_READS_AT_ONCE, "feature-db")
         self._datasets = dict[str, Dataset]()
         self._macros: Mapping[str, str] | None = None
 
@@ -79,33 +104,49 @@ class Buckets:
         return self.place.folder if isinstance(self.place, LocalPlace) else None
 
     def pages(self, ask: Ask) -> BucketPages:
-        """What reads pages, and rows for `attach_some`."""
-        self._pages = BucketPages(ask, self.reader)
-        return self._pages
+        """What reads pages. ask: runs one query of the small file."""
+        return BucketPages(ask, self.reader, self._threads)
 
-    def attach(self, cursor: duckdb.DuckDBPyConnection, query: str) -> None:
-        """Make the tables that a query names tables of a cursor. Raises: OpenError."""
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown()
+
+    def attach(
+        self, cursor: duckdb.DuckDBPyConnection, query: str, some: "Some | None" = None
+    ) -> None:
+        """Make the tables that a query names tables of a cursor.
+
+        some: tables about features are to hold these rows alone, copied to memory.
+        Raises: OpenError.
+        """
         for table in self._named(cursor, query):
-            if schema := self.reader.schema(table):
+            if some is not None and table in FEATURES_A_GROUP:
+                make_empty(cursor, table, is_numbered=some.is_numbered)
+                for rows in self._some(table, some):
+                    _fill(cursor, table, rows)
+            elif schema := self.reader.schema(table):
                 cursor.register(table, self._dataset(table, schema))
             else:
                 make_empty(cursor, table)
 
-    def attach_some(
-        self, cursor: duckdb.DuckDBPyConnection, query: str, pairs: Sequence[Pair]
-    ) -> None:
-        """As `attach`, but tables about features hold the rows of some alone, copied to memory."""
-        assert self._pages is not None
-        named = self._named(cursor, query)
-        some = self._pages.tables([table for table in named if table in FEATURES_A_GROUP], pairs)
-        for table, rows in some.items():
-            make_empty(cursor, table)
-            if rows is not None:
-                cursor.register("incoming", rows)
-                cursor.execute(f"INSERT INTO temp.{table} FROM incoming").fetchall()
-                cursor.unregister("incoming")
-        for table in set(named) - set(some):
-            self.attach(cursor, table)
+    def _some(self, table: str, some: "Some") -> Iterator[pa.Table]:
+        """Rows of a table, read side by side."""
+        if some.numbers is not None:
+            yield from self._threads.map(
+                partial(self.reader.numbered, table), self.reader.by_group(table, some.numbers)
+            )
+            return
+        work = partial(self.reader.rows, table, is_numbered=some.is_numbered)
+        ids: dict[int, list[int]] = {}
+        for sae_id, feature_id in some.features:
+            ids.setdefault(sae_id, []).append(feature_id)
+        parts = [
+            (sae_id, of[start : start + _FEATURES_AT_ONCE])
+            for sae_id, of in sorted((sae_id, sorted(of)) for sae_id, of in ids.items())
+            for start in range(0, len(of), _FEATURES_AT_ONCE)
+        ]
+        found = self._threads.map(work, *zip(*parts, strict=True)) if parts else ()
+        yield from (rows for rows in found if rows is not None)
 
     def for_strangers(self, connection: duckdb.DuckDBPyConnection, query: str) -> list[str]:
         """The tables that untrusted SQL may name, in files here. Raises: OpenError of a URL."""
@@ -148,3 +189,9 @@ class Buckets:
             return str(self.folder / file.name)
         opened = RangeFile(self.place, file.name, file.n_bytes, file.footer_bytes)
         return pa.PythonFile(opened, mode="r")
+
+
+def _fill(cursor: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
+    cursor.register("incoming", rows)
+    cursor.execute(f"INSERT INTO temp.{table} BY NAME FROM incoming").fetchall()
+    cursor.unregister("incoming")

@@ -62,26 +62,42 @@ class BucketReader:
         return self.footer(files[0]).metadata.schema.to_arrow_schema() if files else None
 
     def rows(
-        self, table: str, sae_id: int, feature_ids: Sequence[int], columns: list[str] | None = None
+        self,
+        table: str,
+        sae_id: int,
+        feature_ids: Sequence[int],
+        columns: list[str] | None = None,
+        *,
+        is_numbered: bool = False,
     ) -> pa.Table | None:
         """Rows of features of one SAE, by feature in the order of their numbers.
 
-        columns: those that are read, feature_id among them; None for all.
+        columns: those that are read, feature_id among them; None for all. is_numbered: with
+            another one, `rowid`: their numbers, which count from 0 over the table's files.
         Returns: None where no file holds such features. Raises: OpenError.
         """
-        found = [
-            _of_features(self._read(file, run, columns), ids)
-            for file, ids in self._where(table, sae_id, feature_ids)
-            for run in _runs(self._groups(file, ids))
-        ]
+        found = []
+        for file, ids in self._where(table, sae_id, feature_ids):
+            for run in _runs(self._groups(file, ids)):
+                rows = self._read(file, run, columns)
+                if is_numbered:
+                    rows = self._with_numbers(rows, file, int(run[0]))
+                found.append(_of_features(rows, ids))
         return pa.concat_tables(found) if found else None
 
-    def at(self, table: str, row_numbers: Sequence[int], column: str) -> list[str]:
-        """One column of the rows of these numbers, which count from 0 over the table's files.
+    def by_group(self, table: str, numbers: Sequence[int]) -> list[Ints]:
+        """Row numbers, each once, those that lie in one group together. Raises: OpenError."""
+        found = dict[tuple[str, int], list[int]]()
+        for number in sorted(set(numbers)):
+            file, group, _ = self._place_of(table, number)
+            found.setdefault((file.name, group), []).append(number)
+        return [np.array(of, np.int64) for of in found.values()]
 
-        Raises: OpenError.
-        """
-        return [self._value(table, number, column) for number in row_numbers]
+    def numbered(self, table: str, numbers: Ints) -> pa.Table:
+        """The rows of these numbers, all of one group, with them as `rowid`. Raises: OpenError."""
+        file, group, first = self._place_of(table, int(numbers[0]))
+        rows = self._with_numbers(self._read(file, np.array([group]), None), file, group)
+        return rows.take(pa.array(numbers - first))
 
     def footer(self, file: BucketFile) -> Footer:
         """A file's footer, kept in memory. Raises: OpenError."""
@@ -159,13 +175,19 @@ class BucketReader:
                     said = " ".join(str(error).split())[:200]
                     raise self._place.damaged(file.name, said) from None
 
-    def _value(self, table: str, number: int, column: str) -> str:
+    def _place_of(self, table: str, number: int) -> tuple[BucketFile, int, int]:
+        """Of a row number: its file and group, and the number of that group's first row."""
         i = bisect_right(self._rows_before[table], number) - 1
-        file, in_file = self._files[table][i], number - self._rows_before[table][i]
+        file, before = self._files[table][i], self._rows_before[table][i]
         rows_before = self.footer(file).rows_before
-        group = int(np.searchsorted(rows_before, in_file, side="right")) - 1
-        rows = self._read(file, np.array([group]), [column])
-        return str(rows.column(column)[in_file - int(rows_before[group])].as_py())
+        group = int(np.searchsorted(rows_before, number - before, side="right")) - 1
+        return file, group, before + int(rows_before[group])
+
+    def _with_numbers(self, rows: pa.Table, file: BucketFile, group: int) -> pa.Table:
+        """Rows that begin with a group, with their numbers."""
+        i = bisect_right(self._places[file.table], (file.sae_id or 0, file.first or 0)) - 1
+        first = self._rows_before[file.table][i] + int(self.footer(file).rows_before[group])
+        return rows.append_column("rowid", pa.array(np.arange(first, first + rows.num_rows)))
 
 
 class _Window(io.RawIOBase):
