@@ -122,21 +122,30 @@ class Buckets:
         for table in self._named(cursor, query):
             if some is not None and table in FEATURES_A_GROUP:
                 make_empty(cursor, table, is_numbered=some.is_numbered)
-                for rows in self._some(table, some):
+                for rows in self._some(table, some, self._columns(table, query, some)):
                     _fill(cursor, table, rows)
             elif schema := self.reader.schema(table):
                 cursor.register(table, self._dataset(table, schema))
             else:
                 make_empty(cursor, table)
 
-    def _some(self, table: str, some: "Some") -> Iterator[pa.Table]:
+    def _columns(self, table: str, query: str, some: "Some") -> list[str] | None:
+        """Those of a table that a search names; None for all, where the query isn't a search's."""
+        schema = self.reader.schema(table)
+        if schema is None or not some.is_numbered:
+            return None
+        said = set(re.findall(r"\w+", query)) | {"sae_id", "feature_id"}
+        return [name for name in schema.names if name in said]
+
+    def _some(self, table: str, some: "Some", columns: list[str] | None) -> Iterator[pa.Table]:
         """Rows of a table, read side by side."""
         if some.numbers is not None:
+            groups = self.reader.by_group(table, some.numbers)
             yield from self._threads.map(
-                partial(self.reader.numbered, table), self.reader.by_group(table, some.numbers)
+                partial(self.reader.numbered, table, columns=columns), groups
             )
             return
-        work = partial(self.reader.rows, table, is_numbered=some.is_numbered)
+        work = partial(self.reader.rows, table, columns=columns, is_numbered=some.is_numbered)
         ids: dict[int, list[int]] = {}
         for sae_id, feature_id in some.features:
             ids.setdefault(sae_id, []).append(feature_id)

@@ -93,10 +93,10 @@ class BucketReader:
             found.setdefault((file.name, group), []).append(number)
         return [np.array(of, np.int64) for of in found.values()]
 
-    def numbered(self, table: str, numbers: Ints) -> pa.Table:
+    def numbered(self, table: str, numbers: Ints, columns: list[str] | None = None) -> pa.Table:
         """The rows of these numbers, all of one group, with them as `rowid`. Raises: OpenError."""
         file, group, first = self._place_of(table, int(numbers[0]))
-        rows = self._with_numbers(self._read(file, np.array([group]), None), file, group)
+        rows = self._with_numbers(self._read(file, np.array([group]), columns), file, group)
         return rows.take(pa.array(numbers - first))
 
     def footer(self, file: BucketFile) -> Footer:
