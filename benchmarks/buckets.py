@@ -8,10 +8,11 @@ is of another random feature, so that most of them meet new groups of files whos
 after a while. First: the very first request of its kind. Warm: the same requests again.
 """
 
-import multiprocessing
 import os
 import random
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,12 @@ from activation_cache.remote_files import RemoteFiles
 from feature_db import FeatureDB
 
 _BUCKET = "benchmark"
+_SERVER = """
+import sys, time
+from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+ThreadedMotoServer("127.0.0.1", int(sys.argv[1]), verbose=False).start()
+time.sleep(3600)
+"""
 
 
 def main() -> None:
@@ -147,8 +154,7 @@ def served() -> Iterator[None]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = multiprocessing.get_context("spawn").Process(target=_serve, args=(port,), daemon=True)
-    server.start()
+    server = subprocess.Popen([sys.executable, "-c", _SERVER, str(port)], stderr=subprocess.DEVNULL)
     os.environ |= {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "benchmark",
@@ -160,16 +166,7 @@ def served() -> Iterator[None]:
         yield
     finally:
         server.terminate()
-        server.join()
-
-
-def _serve(port: int) -> None:
-    from moto.moto_server.threaded_moto_server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
-    server.start()
-    while True:
-        time.sleep(60)
+        server.wait()
 
 
 def _make_bucket() -> None:

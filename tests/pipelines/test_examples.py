@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import s3fs
 import torch
 
 from activation_cache import ActivationCache
@@ -127,6 +128,26 @@ def test_counting_is_told_share_by_share(
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(lines) > 5
     assert {line["benchmark"] for line in lines} == {"index, counting"}
+
+
+@pytest.mark.filterwarnings("ignore:.*:ResourceWarning:(aiohttp|aiobotocore|asyncio|moto)")
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:(moto|botocore|aiobotocore|s3fs)")
+def test_buckets_are_timed_beside_one_file(
+    small_run: SmallRun,
+    blocks: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("ENDPOINT_URL", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "DEFAULT_REGION"):
+        monkeypatch.setenv(f"AWS_{name}", "")  # so that what is set there is gone afterwards
+    s3fs.S3FileSystem.clear_instance_cache()  # they know the servers of other tests
+    few = ("--db", small_run.db, "--n-requests", 3, "--json")
+    call("benchmarks/buckets.py", *few, monkeypatch=monkeypatch)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    of = {(row["place"], row["request"]): row for row in rows}
+    assert of["S3", "a feature's page, first"]["reads"] > 7
+    assert of["S3", "a feature's page, warm"]["reads"] == 0
+    assert of["folder", "a feature's page, cold"]["reads"] == 0
 
 
 def test_many_features_are_made_and_asked(

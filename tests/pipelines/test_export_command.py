@@ -21,7 +21,7 @@ def ids(out: Path) -> list[int]:
 def test_every_format_is_written_and_told(
     saebase: Saebase, small_run: SmallRun, tmp_path: Path
 ) -> None:
-    for kind in ("parquet", "jsonl", "csv", "neuronpedia", "html"):
+    for kind in ("parquet", "buckets", "jsonl", "csv", "neuronpedia", "html"):
         done = saebase("export", small_run.db, "--out", tmp_path / kind, "--format", kind)
         assert done.status == 0, done.err
         assert f"{kind}: {kind}" in done.out.replace("\n", "")
@@ -55,6 +55,42 @@ def test_labels_go_from_one_database_to_another(
     assert f"saebase label --import {out}" in done.out.replace("\n", "")
     assert saebase("label", "--import", out, "--db", other).status == 0
     assert "plural subjects" in saebase("show", 7, "--db", other).out
+
+
+@pytest.mark.filterwarnings("ignore:.*:ResourceWarning:(aiohttp|aiobotocore|asyncio|moto)")
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:(moto|botocore|aiobotocore|s3fs)")
+def test_every_command_takes_buckets_as_it_takes_a_file(
+    saebase: Saebase, small_run: SmallRun, tmp_path: Path, bucket: str, blocks: Path
+) -> None:
+    places = [tmp_path / "buckets", f"s3://{bucket}/db"]
+    for place in places:
+        done = saebase("export", small_run.db, "--out", place, "--format", "buckets")
+        assert done.status == 0, done.err
+        assert f"saebase show 0 --db {place}" in done.out.replace("\n", "")
+    for command in (
+        ("show", 7),
+        ("search", "the", "--limit", 5),
+        ("query", "SELECT feature_id, rank, text FROM contexts WHERE feature_id < 9 ORDER BY ALL"),
+        ("query", "--format", "json", "FROM neighbors(7, 3)"),
+        ("query", "SHOW TABLES"),
+    ):
+        expected = saebase(*command, "--db", small_run.db)
+        assert expected.status == 0, expected.err
+        for place in places:
+            assert saebase(*command, "--db", place).out == expected.out
+    sql = "SELECT count(*) FROM contexts"
+    untrusted = saebase("query", "--untrusted", sql, "--db", places[0])
+    assert untrusted.out == saebase("query", sql, "--db", small_run.db).out
+    for place in places:
+        refused = saebase("label", 7, "x", "--db", place)
+        assert refused.status == 2
+        assert refused.err.count("\n") == 1
+        assert f"{place} is in buckets" in refused.err
+        kept = saebase("export", place, "--out", tmp_path / "f", "--format", "csv", "--overwrite")
+        assert kept.status == 0, kept.err
+    missing = saebase("show", 7, "--db", f"s3://{bucket}/nothing")
+    assert missing.status == 2
+    assert "holds no manifest.json" in missing.err
 
 
 def test_names_in_neuronpedia_are_flags(
