@@ -1,10 +1,20 @@
 """What a database answers doesn't depend on where its tables lie: one file, a folder, or S3."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from feature_db import ExportError, FeatureDB, NotFoundError, QueryError
+from feature_db import (
+    ExportError,
+    FeatureDB,
+    NotFoundError,
+    QueryError,
+    QueryLimitError,
+    SqlLimits,
+    untrusted,
+)
 from feature_db.exchange import FORMATS
 from sae import SAE
 from tests.feature_db.bucketed.conftest import small_buckets
@@ -170,6 +180,37 @@ def test_untrusted_sql_reads_the_folder_and_nothing_else(one: FeatureDB, folder:
         ):
             with pytest.raises(QueryError, match=r"disabled|does not exist"):
                 db.sql(query, untrusted=True)
+
+
+def test_untrusted_sql_over_buckets_has_limits(folder: Path) -> None:
+    endless = "SELECT sum(a.act * b.act * c.act) FROM contexts a, contexts b, contexts c"
+    with FeatureDB.open(folder) as db:
+        with pytest.raises(QueryLimitError, match=r"stopped after 0.5 s"):
+            db.sql(endless, untrusted=True, limits=SqlLimits(time_s=0.5))
+        with pytest.raises(QueryLimitError, match="larger than 0.0001 MB"):
+            db.sql("FROM contexts", untrusted=True, limits=SqlLimits(result_bytes=100))
+
+
+_THREADS = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import untrusted_child as child
+child._import_libraries()
+request = child.Request("features.duckdb", "", False, ["contexts", "words"], 10**9, 10, 10**9)
+connection = child._opened(request)
+child._attach(connection, request.buckets)
+before = os.listdir("/proc/self/task")
+for query in ("FROM contexts", "SELECT count(DISTINCT word) FROM words", "FROM contexts_of(3, 2)"):
+    child._encoded(connection.sql(query), 10**9)
+sys.exit(os.listdir("/proc/self/task") != before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_behind_its_locks_untrusted_sql_needs_no_new_thread(folder: Path) -> None:
+    """The kernel would refuse one, but not to root, as whom tests may run."""
+    package = Path(untrusted.__file__).parent
+    subprocess.run([sys.executable, "-c", _THREADS, package], cwd=folder, check=True, timeout=60)
 
 
 def test_untrusted_sql_of_a_url_is_refused(url: str) -> None:
