@@ -187,7 +187,7 @@ def test_untrusted_sql_over_buckets_has_limits(folder: Path) -> None:
     with FeatureDB.open(folder) as db:
         with pytest.raises(QueryLimitError, match=r"stopped after 0.5 s"):
             db.sql(endless, untrusted=True, limits=SqlLimits(time_s=0.5))
-        with pytest.raises(QueryLimitError, match="larger than 0.0001 MB"):
+        with pytest.raises(QueryLimitError, match=r"larger than 0.0001 MB"):
             db.sql("FROM contexts", untrusted=True, limits=SqlLimits(result_bytes=100))
 
 
