@@ -29,6 +29,7 @@ from .explanations import (
     put_labels,
 )
 from .feature import Feature, features_of
+from .feature_rows import FeatureRows
 from .feature_set import FeatureSet, Frame
 from .indexing.parts import parts_folder
 from .inputs import weights_hash
@@ -40,7 +41,6 @@ from .result import Result
 from .schema import check_version, migrate
 from .search import (
     Match,
-    about_features,
     found_table,
     is_one_word,
     require_text,
@@ -57,6 +57,14 @@ if TYPE_CHECKING:
     from activation_cache import LanguageModel
 
 _PAGES_AT_ONCE = 256
+_NEIGHBORS = pa.schema(
+    {
+        "neighbor_id": pa.int32(),
+        "cosine": pa.float32(),
+        "label": pa.string(),
+        "density": pa.float64(),
+    }
+)
 _BATCH_ROWS = 65_536
 
 
@@ -80,7 +88,12 @@ class FeatureDB:
         self._saes: list[dict[str, Any]] | None = None
         self._meanings: dict[str, Meanings] = {}
         self._thread = ThreadPoolExecutor(1, "feature-db")
-        self._pages = buckets.pages(self._rows) if buckets else Pages(self._rows, self._thread)
+        self._features = FeatureRows(self._arrow)
+        self._pages = (
+            buckets.pages(self._rows, self._features)
+            if buckets
+            else Pages(self._rows, self._features, self._thread)
+        )
         self.path = path
 
     @classmethod
@@ -270,20 +283,15 @@ class FeatureDB:
             MeaningError without vectors of the model.
         """
         require_text(text, limit)
-        if meaning is None and not regex and is_one_word(text):
-            return self._result(self._found_word(text.strip().lower(), limit))
         if meaning is not None:
             matches = self._meant(text, limit, meaning)
+        elif not regex and is_one_word(text):
+            found = word_matches(self._rows, text.strip().lower(), limit)
+            matches = with_examples(self._rows, found)
         else:
             query = regex_query(text) if regex else phrase_query(text)
             matches = text_matches(self._rows, self.vocabulary(), query, limit)
-        return self._result(found_table(about_features(self._rows, matches), matches))
-
-    def _found_word(self, word: str, limit: int) -> pa.Table:
-        found = word_matches(self._rows, word, limit)
-        about = self._thread.submit(about_features, self._rows, [match.pair for match in found])
-        matches = with_examples(self._rows, found)
-        return found_table(about.result(), matches)
+        return self._result(found_table(self._features, matches))
 
     def _meant(self, text: str, limit: int, model: str | Path | Embed) -> list[Match]:
         embedder = Embedder.of(model)
@@ -307,11 +315,9 @@ class FeatureDB:
         """
         sae_id = self.require_sae(sae_id)
         _require_positive(n, "n")
-        found = self.sql(
-            "SELECT neighbor_id, cosine, label, density FROM neighbors JOIN "
-            "(SELECT sae_id, feature_id AS neighbor_id, label, density FROM features) "
-            "USING (sae_id, neighbor_id) WHERE sae_id = ? AND feature_id = ? AND rank <= ? "
-            "ORDER BY rank",
+        found = self._rows(
+            "SELECT neighbor_id, cosine FROM neighbors "
+            "WHERE sae_id = ? AND feature_id = ? AND rank <= ? ORDER BY rank",
             [sae_id, feature_id, n],
         )
         if not len(found) or len(found) < n < self._d_sae(sae_id):
@@ -320,7 +326,10 @@ class FeatureDB:
                 f"{n} neighbours asked for, {len(found)} kept: ask for no more, or index again "
                 f"with IndexConfig(n_neighbors={n})"
             )
-        return found
+        known = self._features.of([(sae_id, row["neighbor_id"]) for row in found])
+        for row in found:
+            row |= {name: known[sae_id, row["neighbor_id"]][name] for name in ("label", "density")}
+        return self._result(pa.Table.from_pylist(found, _NEIGHBORS))
 
     def label(self, feature_id: int, text: str, sae_id: int | None = None) -> None:
         """Give a feature a person's label, in place of an earlier one. No machine overwrites it.
@@ -438,6 +447,7 @@ class FeatureDB:
         try:
             with transaction(self._connection):
                 yield self._connection
+            self._features.forget()
         except duckdb.Error as error:
             if "read-only" in str(error) and self._buckets:
                 raise unwritable(self.path) from None

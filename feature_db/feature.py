@@ -207,7 +207,6 @@ def _feature(
     bins = (HistogramBin(row["lo"], row["hi"], row["n"]) for row in rows["feature_histogram"])
     return Feature(
         **{name: value for name, value in rows["features"][0].items() if name in names},
-        sae_id=sae["sae_id"],
         sae_name=sae["name"],
         hookpoint=sae["hookpoint"],
         top=tuple(c for c in contexts if c.kind == "top"),

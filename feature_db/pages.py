@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
+from .feature_rows import FeatureRows
+
 Rows = list[dict[str, Any]]
 Ask = Callable[[str, Sequence[Any]], Rows]
 
@@ -21,13 +23,11 @@ SHOWN = {
 SHOWN_MEANWHILE = {
     "neighbors": "rank, neighbor_id, cosine",
     "coactivations": "rank, other_id, n_both, npmi",
-    "features": "density, n_active, mean_act, max_act, is_dead, label, label_method",
     "feature_histogram": "lo, hi, n",
 }
 # What names the other feature.
 _OTHERS = {"neighbors": "neighbor_id", "coactivations": "other_id"}
-# A join, unlike IN, passes over the row groups without such features.
-OF_THESE = "JOIN (SELECT unnest(?::INTEGER[]) AS feature_id) USING (feature_id) WHERE sae_id = ?"
+_OF_THESE = "JOIN (SELECT unnest(?::INTEGER[]) AS feature_id) USING (feature_id) WHERE sae_id = ?"
 
 
 class Pages:
@@ -36,8 +36,8 @@ class Pages:
     ask: runs one query; threads may call it at once. thread: asks half of the queries.
     """
 
-    def __init__(self, ask: Ask, thread: Executor) -> None:
-        self._ask, self._thread = ask, thread
+    def __init__(self, ask: Ask, features: FeatureRows, thread: Executor) -> None:
+        self._ask, self._features, self._thread = ask, features, thread
 
     def rows(self, sae_id: int, feature_ids: Sequence[int]) -> dict[str, Rows]:
         """Table -> its rows of features of one SAE; those that there aren't have none.
@@ -47,8 +47,18 @@ class Pages:
         ids = list(feature_ids)
         some = self._thread.submit(self._of, SHOWN, sae_id, ids)
         rows = self._of(SHOWN_MEANWHILE, sae_id, ids)
-        add_labels(rows, self._ask, sae_id)
+        self._add_features(rows, sae_id, ids)
         return rows | some.result()
+
+    def _add_features(self, rows: dict[str, Rows], sae_id: int, ids: Sequence[int]) -> None:
+        """Add the rows of `features`, and give those of other tables the other feature's label."""
+        others = {row[name] for table, name in _OTHERS.items() for row in rows[table]}
+        known = self._features.of([(sae_id, feature_id) for feature_id in {*ids, *others}])
+        pairs = [(sae_id, feature_id) for feature_id in ids]
+        rows["features"] = [known[pair] for pair in pairs if pair in known]
+        for table, name in _OTHERS.items():
+            for row in rows[table]:
+                row["label"] = known[sae_id, row[name]]["label"]
 
     def _of(self, shown: Mapping[str, str], sae_id: int, ids: list[int]) -> dict[str, Rows]:
         return {table: self._in(table, names, sae_id, ids) for table, names in shown.items()}
@@ -57,14 +67,4 @@ class Pages:
         select = f"SELECT feature_id, {names} FROM {table}"
         if len(ids) == 1:
             return self._ask(f"{select} WHERE sae_id = ? AND feature_id = ?", [sae_id, ids[0]])
-        return self._ask(f"{select} {OF_THESE}", [ids, sae_id])
-
-
-def add_labels(rows: Mapping[str, Rows], ask: Ask, sae_id: int) -> None:
-    """Give each row of `neighbors` and `coactivations` the other feature's label."""
-    ids = {row[name] for table, name in _OTHERS.items() for row in rows[table]}
-    found = ask(f"SELECT feature_id, label FROM features {OF_THESE}", [sorted(ids), sae_id])
-    labels = {row["feature_id"]: row["label"] for row in found}
-    for table, name in _OTHERS.items():
-        for row in rows[table]:
-            row["label"] = labels[row[name]]
+        return self._ask(f"{select} {_OF_THESE}", [ids, sae_id])

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from .errors import NotFoundError
+from .feature_rows import OF_THESE, FeatureRows, Pair, Row, ids_of
 from .words import (
     CONTEXT_WEIGHT,
     LABEL_WEIGHT,
@@ -33,15 +34,6 @@ AFTER_ALL = "\U0010ffff"
 # Looked at for each feature asked for, and again as many times as many if they weren't enough.
 _CANDIDATES = 2
 _ROUNDING = 1e-9
-# A join, unlike IN, passes over the row groups without such features.
-OF_THESE = """JOIN (
-    SELECT unnest($sae_ids::INTEGER[]) AS sae_id, unnest($feature_ids::INTEGER[]) AS feature_id
-) USING (sae_id, feature_id)"""
-
-_ABOUT = f"SELECT sae_id, feature_id, label, density FROM features {OF_THESE}"
-
-Pair = tuple[int, int]
-Row = dict[str, Any]
 Rows = Callable[[str, dict[str, Any]], Sequence[Row]]
 
 
@@ -185,20 +177,13 @@ def _range(word: str) -> dict[str, Any]:
     return {"word": word, "stop": word + AFTER_ALL}
 
 
-def about_features(rows: Rows, features: Sequence[Match] | Sequence[Pair]) -> Sequence[Row]:
-    """sae_id, feature_id, label, density of each, in any order."""
-    return rows(_ABOUT, ids_of(features))
-
-
-def found_table(about: Sequence[Row], matches: Sequence[Match]) -> pa.Table:
-    """sae_id, feature_id, label, score, reason, example, density of each match, in order.
-
-    about: what `about_features` found of them.
-    """
-    of = {(row["sae_id"], row["feature_id"]): row for row in about}
+def found_table(features: FeatureRows, matches: Sequence[Match]) -> pa.Table:
+    """sae_id, feature_id, label, score, reason, example, density of each match, in order."""
+    of = features.of([(match.sae_id, match.feature_id) for match in matches])
+    kept = ("sae_id", "feature_id", "label", "density")
     found = [
         {
-            **of[match.sae_id, match.feature_id],
+            **{name: of[match.sae_id, match.feature_id][name] for name in kept},
             "score": match.score,
             "reason": match.reason(),
             "example": match.example,
@@ -215,14 +200,6 @@ def strongest_texts(rows: Rows, features: Sequence[Pair]) -> dict[Pair, str]:
         ids_of(features),
     )
     return {(row["sae_id"], row["feature_id"]): row["text"] for row in found}
-
-
-def ids_of(features: Sequence[Match] | Sequence[Pair]) -> dict[str, list[int]]:
-    """The parameters of OF_THESE."""
-    return {
-        "sae_ids": [each[0] for each in features],
-        "feature_ids": [each[1] for each in features],
-    }
 
 
 def grouped(found: Sequence[Row]) -> dict[Pair, list[Row]]:

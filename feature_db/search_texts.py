@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from .errors import NotFoundError
-from .search import AFTER_ALL, OF_THESE, Match, Pair, Row, Rows, grouped, ids_of
+from .feature_rows import OF_THESE, Pair, Row, ids_of
+from .search import AFTER_ALL, Match, Rows, grouped
 from .words import CONTEXT_WEIGHT, LABEL_WEIGHT, PEAK_WEIGHT, TOKEN_WEIGHT
 
 _APART = 0.4

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from pyarrow.dataset import Dataset
 
 from ..errors import OpenError
+from ..feature_rows import FeatureRows
 from ..pages import Ask
 from .datasets import BucketFile, dataset, files_by_table, make_empty, tables_of
 from .layout import BUCKETED, FEATURES_A_GROUP, FILES, MANIFEST, read_manifest
@@ -103,9 +104,9 @@ class Buckets:
         """Where they lie on this machine; None of a URL."""
         return self.place.folder if isinstance(self.place, LocalPlace) else None
 
-    def pages(self, ask: Ask) -> BucketPages:
-        """What reads pages. ask: runs one query of the small file."""
-        return BucketPages(ask, self.reader, self._threads)
+    def pages(self, ask: Ask, features: FeatureRows) -> BucketPages:
+        """What reads pages. ask: runs one query of the small file, which holds features."""
+        return BucketPages(ask, features, self.reader, self._threads)
 
     def close(self) -> None:
         """End the threads."""

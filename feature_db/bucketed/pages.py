@@ -1,5 +1,4 @@
-"""Rows of pages out of buckets: the tables read side by side, features and labels from the small
-file meanwhile."""
+"""Rows of pages out of buckets: the tables read side by side; `features` is in the small file."""
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -8,29 +7,30 @@ from typing import Any
 
 import pyarrow as pa
 
-from ..pages import SHOWN, SHOWN_MEANWHILE, Ask, Pages, Rows, add_labels
+from ..feature_rows import FeatureRows
+from ..pages import SHOWN, SHOWN_MEANWHILE, Ask, Pages, Rows
 from .reader import BucketReader
 
 
 class BucketPages(Pages):
     """Reads the rows of pages. ask: runs one query of the small file. threads: read the tables."""
 
-    def __init__(self, ask: Ask, reader: BucketReader, threads: Executor) -> None:
-        super().__init__(ask, threads)
+    def __init__(
+        self, ask: Ask, features: FeatureRows, reader: BucketReader, threads: Executor
+    ) -> None:
+        super().__init__(ask, features, threads)
         self._reader = reader
 
     def rows(self, sae_id: int, feature_ids: Sequence[int]) -> dict[str, Rows]:
         """As `Pages.rows`. Raises: OpenError for a file that is missing or damaged."""
         ids = list(feature_ids)
         shown: dict[str, str] = {**SHOWN, **SHOWN_MEANWHILE}
-        features = shown.pop("features")
         read = {
             table: self._thread.submit(self._read, table, names.split(", "), sae_id, ids)
             for table, names in shown.items()
         }
-        rows = {"features": self._in("features", features, sae_id, ids)}
-        rows |= {table: future.result() for table, future in read.items()}
-        add_labels(rows, self._ask, sae_id)
+        rows = {table: future.result() for table, future in read.items()}
+        self._add_features(rows, sae_id, ids)
         return rows
 
     def _read(self, table: str, names: list[str], sae_id: int, ids: list[int]) -> Rows:
