@@ -17,8 +17,7 @@ CHOSEN = """chosen AS (
     SELECT unnest($1::INTEGER[]) AS sae_id, unnest($2::INTEGER[]) AS feature_id,
         unnest(range(len($1::INTEGER[]))) AS place
 )"""
-# The contexts of the block's features, with each token's text. (The macro `tokens_of` copies the
-# whole vocabulary for every row: 44 s for 1,024 features, where this takes 0.8.)
+# The contexts of the features of a block, with the text of each token, faster than by `tokens_of`.
 SPELLED = """spelled AS (
     SELECT t.*, tokens FROM contexts AS t SEMI JOIN chosen USING (sae_id, feature_id)
     JOIN (

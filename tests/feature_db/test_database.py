@@ -373,6 +373,6 @@ def test_search_by_words_finds_what_a_look_at_all_texts_finds(db: FeatureDB) -> 
     for text, n in (("treaty", 5), ("golden gate", 1), ("judge", 5), ("opened", 5)):
         by_words = db.search(text, 5).fetchall()
         query = phrase_query(text)._replace(words=[])
-        of_all = text_matches(db._rows, db.vocabulary(), query, 5)
+        of_all = text_matches(db._queries.rows, db.vocabulary(), query, 5)
         scores = [match.score for match in of_all[:n]]
         assert [row[3] for row in by_words[:n]] == pytest.approx(scores)

@@ -222,7 +222,7 @@ def test_a_word_and_a_macro_ask_of_the_files_that_may_hold_it(server: Server, ur
         files = {request.rpartition("/")[2] for request in requests}
         assert files == {"0-000000000.parquet", "0-000000016.parquet"}  # of the first its columns
         db.sql("SELECT count(*) FROM words WHERE word = 'golden'")
-        n_files = len(db._buckets.files["words"])  # type: ignore[union-attr]
+        n_files = len(db._queries.buckets.files["words"])  # type: ignore[union-attr]
         assert n_files > 4
         files = {request.rpartition("/")[2] for request in asked(server)}
         assert len(files) <= 3  # one for its columns, two that the word may lie in
@@ -236,7 +236,7 @@ def test_a_database_that_was_replaced_is_read_anew(
     changed = Path(shutil.copy(both_path, tmp_path / "db.duckdb"))
     with FeatureDB.open(changed, read_only=False) as db:
         db.label(3, "another label", 0)
-        db._connection.execute("UPDATE feature_tokens SET lift = lift + 1").fetchall()
+        db._queries._connection.execute("UPDATE feature_tokens SET lift = lift + 1").fetchall()
         expected = db.feature(3, 0)
         db.export(url, "buckets", overwrite=True)
     with FeatureDB.open(url) as db:
