@@ -135,7 +135,9 @@ def test_overwriting_leaves_nothing_of_before(
         db.export(out, "buckets", overwrite=True)
         with FeatureDB.open(out) as opened:
             assert opened.content_hash() == db.content_hash()
-            listed = {file.name for files in opened._buckets.files.values() for file in files}  # type: ignore[union-attr]
+            buckets = opened._queries.buckets
+            assert buckets is not None
+            listed = {file.name for files in buckets.files.values() for file in files}
         if out.startswith("s3"):
             names = {name.removeprefix("db/") for name in server.objects(bucket)}
             assert names == listed | {"manifest.json", "files.parquet", "features.duckdb"}
