@@ -17,6 +17,9 @@ from .conftest import Planted
 from .judge_server import MODEL, JudgeServer
 from .test_labelling import said
 
+# One kill of a labeller runs with every test: tests/activation_cache/test_fault_campaign.py.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -48,9 +51,7 @@ def wait_for(path: Path, n: int, process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))]
-)
+@pytest.mark.parametrize("seed", range(4))
 def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(
     planted: Planted,
     server: JudgeServer,
@@ -83,7 +84,6 @@ def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(
     assert said(planted.path) == said(whole)
 
 
-@pytest.mark.slow
 def test_a_polite_stop_ends_with_130_and_the_same_command_goes_on(
     planted: Planted, server: JudgeServer, endpoint: Endpoint, config: LabelConfig
 ) -> None:
@@ -105,7 +105,6 @@ def test_a_polite_stop_ends_with_130_and_the_same_command_goes_on(
     assert set(server.seen.explained().values()) == {1}
 
 
-@pytest.mark.slow
 def test_a_second_signal_ends_it_at_once_and_leaves_a_usable_database(
     planted: Planted, server: JudgeServer, config: LabelConfig
 ) -> None:
