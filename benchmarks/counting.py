@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import torch
 from made_codes import N_VOCAB, made_codes, made_rows
-from peak_memory import peak_bytes
+from peers.peak import peak_bytes
 
 from feature_db import IndexConfig
 from feature_db.indexing.counting import Counting, write_counts

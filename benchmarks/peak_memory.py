@@ -15,13 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-
-
-def peak_bytes() -> int:
-    """The most memory that this process ever had resident."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
+from peers.peak import peak_bytes
 
 START_BYTES = peak_bytes()
 

@@ -21,8 +21,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from machine import show
-from peak_memory import peak_bytes
-from queries import measure, requests
+from peers.peak import peak_bytes
+from queries import measured
 
 from activation_cache import LanguageModel
 from feature_db import FeatureDB
@@ -53,7 +53,7 @@ def main() -> None:
     with FeatureDB.open(args.db) as db:
         for setting in ("threads = 1", f"memory_limit = '{args.memory}'"):
             db.sql(f"SET {setting}")
-        rows = [measure(name, ask, args.n_requests) for name, ask in requests(db).items()]
+        rows = measured(db, args.n_requests)
         rows.append({"request": "peak memory, GB", "median_ms": peak_bytes() / 1e9})
     show("queries", rows, args.json)
 

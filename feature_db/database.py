@@ -1,7 +1,6 @@
 """FeatureDB: a feature database, opened. SQL, single features, search, neighbours, live text."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -72,12 +71,11 @@ class FeatureDB:
         self._queries, self._saes = queries, KnownSAEs(queries.rows, queries.path)
         self._vocabulary: Sequence[str] | None = None
         self._meanings: dict[str, Meanings] = {}
-        self._thread = ThreadPoolExecutor(1, "feature-db")
         self._features = FeatureRows(queries.arrow)
         self._pages = (
             queries.buckets.pages(queries.rows, self._features)
             if queries.buckets
-            else Pages(queries.rows, self._features, self._thread)
+            else Pages(queries.rows, self._features, queries.threads)
         )
         self.path = queries.path
 
@@ -99,7 +97,6 @@ class FeatureDB:
 
     def close(self) -> None:
         """Close the database; results already fetched stay usable."""
-        self._thread.shutdown()
         self._saes.forget()
         self._queries.close()
 

@@ -19,6 +19,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from .errors import FeatureDBError, NotFoundError
 from .exchange import Format, export
 from .feature import Feature
+from .feature_rows import Pair
 from .result import Result
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from .database import FeatureDB
 
 ENTRY_POINTS = "saebase.features"
-
-Pair = tuple[int, int]
 
 
 class Frame(Protocol):

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
-from .feature_rows import FeatureRows
+from .feature_rows import OF_THESE, FeatureRows, ids_of
 
 Rows = list[dict[str, Any]]
-Ask = Callable[[str, Sequence[Any]], Rows]
+Ask = Callable[[str, Sequence[Any] | Mapping[str, Any]], Rows]
 
 # What a page shows of each table; the texts of tokens are in the vocabulary. One thread asks for
 # these, another one for all others: about half of the time each.
@@ -27,17 +27,16 @@ SHOWN_MEANWHILE = {
 }
 # What names the other feature.
 _OTHERS = {"neighbors": "neighbor_id", "coactivations": "other_id"}
-_OF_THESE = "JOIN (SELECT unnest(?::INTEGER[]) AS feature_id) USING (feature_id) WHERE sae_id = ?"
 
 
 class Pages:
     """Reads the rows of pages.
 
-    ask: runs one query; threads may call it at once. thread: asks half of the queries.
+    ask: runs one query; threads may call it at once. threads: ask half of the queries.
     """
 
-    def __init__(self, ask: Ask, features: FeatureRows, thread: Executor) -> None:
-        self._ask, self._features, self._thread = ask, features, thread
+    def __init__(self, ask: Ask, features: FeatureRows, threads: Executor) -> None:
+        self._ask, self._features, self._threads = ask, features, threads
 
     def rows(self, sae_id: int, feature_ids: Sequence[int]) -> dict[str, Rows]:
         """Table -> its rows of features of one SAE; those that there aren't have none.
@@ -45,7 +44,7 @@ class Pages:
         Rows of `neighbors` and `coactivations` have the other feature's label too.
         """
         ids = list(feature_ids)
-        some = self._thread.submit(self._of, SHOWN, sae_id, ids)
+        some = self._threads.submit(self._of, SHOWN, sae_id, ids)
         rows = self._of(SHOWN_MEANWHILE, sae_id, ids)
         self._add_features(rows, sae_id, ids)
         return rows | some.result()
@@ -67,4 +66,4 @@ class Pages:
         select = f"SELECT feature_id, {names} FROM {table}"
         if len(ids) == 1:
             return self._ask(f"{select} WHERE sae_id = ? AND feature_id = ?", [sae_id, ids[0]])
-        return self._ask(f"{select} {_OF_THESE}", [ids, sae_id])
+        return self._ask(f"{select} {OF_THESE}", ids_of([(sae_id, i) for i in ids]))

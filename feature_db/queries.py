@@ -5,6 +5,7 @@ In: a path, then SQL. Out: Arrow or rows; DuckDB's errors in one line of ours.
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from .untrusted import Params, SqlLimits, run_untrusted
 class Queries:
     """What an open database is asked with. path: the file, or the folder or URL of buckets.
 
-    buckets: what lies beside the file.
+    buckets: what lies beside the file. threads: for what is asked side by side.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Queries:
         """activations: SQL that makes the view of that name, which each cursor needs anew."""
         self._connection, self._activations = connection, activations
         self.path, self.buckets = path, buckets
+        self.threads = buckets.threads if buckets else ThreadPoolExecutor(1, "feature-db")
 
     @classmethod
     def open(cls, path: str | Path, *, read_only: bool, external_access: bool) -> "Queries":
@@ -66,8 +68,7 @@ class Queries:
 
     def close(self) -> None:
         """Close the database."""
-        if self.buckets:
-            self.buckets.close()
+        self.threads.shutdown()
         self._connection.close()
 
     def arrow(

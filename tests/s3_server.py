@@ -12,6 +12,11 @@ import pytest
 
 from activation_cache import configure_block_cache
 
+# What s3fs, aiohttp and moto leave open or use past its time is not ours to mend.
+LET_BE = [
+    pytest.mark.filterwarnings("ignore:.*:ResourceWarning:(aiohttp|aiobotocore|asyncio|moto)"),
+    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:(moto|botocore|aiobotocore|s3fs)"),
+]
 KEY, SECRET = "AKIAEXAMPLEKEY", "an-example-secret-of-some-length"
 
 

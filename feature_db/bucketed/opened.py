@@ -17,15 +17,14 @@ import pyarrow.parquet as pq
 from pyarrow.dataset import Dataset
 
 from ..errors import OpenError
-from ..feature_rows import FeatureRows
+from ..feature_rows import FeatureRows, Pair
 from ..pages import Ask
 from .datasets import BucketFile, dataset, files_by_table, make_empty, tables_of
 from .layout import BUCKETED, FEATURES_A_GROUP, FILES, MANIFEST, read_manifest
 from .pages import BucketPages
-from .places import COPY_AGAIN, LocalPlace, Place, RangeFile, RemotePlace
+from .places import COPY_AGAIN, LocalPlace, Place, PlacedFile, RemotePlace
 from .reader import BucketReader
 
-Pair = tuple[int, int]
 # Of one table, as they lie in files; parsed they take a few times as much.
 _KEPT_FOOTERS_BYTES = 8 << 20
 _READS_AT_ONCE = 8
@@ -75,7 +74,8 @@ def unwritable(path: str | Path) -> OpenError:
 
 
 class Buckets:
-    """The buckets beside a small file. small: that file, on this machine."""
+    """The buckets beside a small file. small: that file, on this machine. threads: read tables side
+    by side; whoever opened the buckets ends them."""
 
     def __init__(self, place: Place) -> None:
         """Raises: OpenError, SchemaVersionError."""
@@ -88,7 +88,7 @@ class Buckets:
             raise place.damaged(FILES, " ".join(str(error).split())) from None
         self.small = place.small(manifest.small)
         self.reader = BucketReader(place, self.files)
-        self._threads = ThreadPoolExecutor(_READS_AT_ONCE, "feature-db")
+        self.threads = ThreadPoolExecutor(_READS_AT_ONCE, "feature-db")
         self._datasets = dict[str, Dataset]()
         self._macros: Mapping[str, str] | None = None
 
@@ -106,11 +106,7 @@ class Buckets:
 
     def pages(self, ask: Ask, features: FeatureRows) -> BucketPages:
         """What reads pages. ask: runs one query of the small file, which holds features."""
-        return BucketPages(ask, features, self.reader, self._threads)
-
-    def close(self) -> None:
-        """End the threads."""
-        self._threads.shutdown()
+        return BucketPages(ask, features, self.reader, self.threads)
 
     def attach(
         self, cursor: duckdb.DuckDBPyConnection, query: str, some: "Some | None" = None
@@ -142,7 +138,7 @@ class Buckets:
         """Rows of a table, read side by side."""
         if some.numbers is not None:
             groups = self.reader.by_group(table, some.numbers)
-            yield from self._threads.map(
+            yield from self.threads.map(
                 partial(self.reader.numbered, table, columns=columns), groups
             )
             return
@@ -155,7 +151,7 @@ class Buckets:
             for sae_id, of in sorted((sae_id, sorted(of)) for sae_id, of in ids.items())
             for start in range(0, len(of), _FEATURES_AT_ONCE)
         ]
-        found = self._threads.map(work, *zip(*parts, strict=True)) if parts else ()
+        found = self.threads.map(work, *zip(*parts, strict=True)) if parts else ()
         yield from (rows for rows in found if rows is not None)
 
     def for_strangers(self, connection: duckdb.DuckDBPyConnection, query: str) -> list[str]:
@@ -197,7 +193,7 @@ class Buckets:
     def _source(self, file: BucketFile) -> str | pa.NativeFile:
         if self.folder is not None:
             return str(self.folder / file.name)
-        opened = RangeFile(self.place, file.name, file.n_bytes, file.footer_bytes)
+        opened = PlacedFile(self.place, file.name, file.n_bytes, file.footer_bytes)
         return pa.PythonFile(opened, mode="r")
 
 

@@ -26,7 +26,7 @@ class BucketPages(Pages):
         ids = list(feature_ids)
         shown: dict[str, str] = {**SHOWN, **SHOWN_MEANWHILE}
         read = {
-            table: self._thread.submit(self._read, table, names.split(", "), sae_id, ids)
+            table: self._threads.submit(self._read, table, names.split(", "), sae_id, ids)
             for table, names in shown.items()
         }
         rows = {table: future.result() for table, future in read.items()}

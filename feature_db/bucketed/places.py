@@ -6,7 +6,6 @@ replaced nothing old is read.
 """
 
 import hashlib
-import io
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -20,8 +19,9 @@ from activation_cache.block_cache import BlockCache, block_cache
 from activation_cache.remote_files import RemoteFiles
 from sae.atomic_files import sha256
 
-from ..errors import OpenError
+from ..errors import FeatureDBError, OpenError
 from .layout import MANIFEST, SMALL, Part
+from .ranged_file import RangedFile
 
 _FETCHED_AT_ONCE = 32 << 20
 # Several threads may find the same copy damaged.
@@ -113,14 +113,14 @@ class RemotePlace(Place):
     """A URL."""
 
     def __init__(self, url: str) -> None:
-        with _told():
+        with storage_faults_as(OpenError):
             self._files = RemoteFiles.open(url)
         self.root, self._version = self._files.root, ""
         self._forgotten, self._guard = Counter[str](), threading.Lock()
 
     def manifest(self) -> bytes:
         try:
-            with _told():
+            with storage_faults_as(OpenError):
                 text = self._files.read(MANIFEST)
         except FileNotFoundError:
             raise self.missing(MANIFEST) from None
@@ -177,7 +177,7 @@ class RemotePlace(Place):
 
     def _fetched(self, name: str, begin: int, end: int) -> bytes:
         try:
-            with _told():
+            with storage_faults_as(OpenError):
                 data = self._files.read(name, begin, end)
         except FileNotFoundError:
             raise self.missing(name) from None
@@ -189,55 +189,31 @@ class RemotePlace(Place):
         return BlockCache.key(f"{self.root}/{name}", self._version)
 
 
-class RangeFile(io.RawIOBase):
-    """A file of a place that pyarrow reads ranges of. Threads take turns: pyarrow sees to it."""
+class PlacedFile(RangedFile):
+    """A file of a place."""
 
     def __init__(self, place: Place, name: str, n_bytes: int, footer_bytes: int) -> None:
-        super().__init__()
-        self._place, self._name, self._n_bytes, self._at = place, name, n_bytes, 0
+        super().__init__(n_bytes)
+        self._place, self._name = place, name
         self._footer_at, self._footer = n_bytes - footer_bytes, b""
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def size(self) -> int:
-        """Bytes of the file."""
-        return self._n_bytes
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._n_bytes}[whence]
-        self._at = base + offset
-        return self._at
-
-    def read(self, n_bytes: int = -1) -> bytes:
-        """Raises: OSError, of which pyarrow passes on the words."""
-        end = self._n_bytes if n_bytes < 0 else min(self._at + n_bytes, self._n_bytes)
-        begin, self._at = self._at, end
+    def range(self, begin: int, end: int) -> bytes:
         try:
-            return self._range(begin, end)
+            if end < self._n_bytes and begin < self._footer_at:
+                return self._place.read(self._name, begin, end)
+            if not self._footer:
+                self._footer = self._place.read(self._name, self._footer_at, self._n_bytes)
         except OpenError as error:
             raise OSError(str(error)) from None
-
-    def _range(self, begin: int, end: int) -> bytes:
-        if end < self._n_bytes and begin < self._footer_at:
-            return self._place.read(self._name, begin, end)
-        if not self._footer:
-            self._footer = self._place.read(self._name, self._footer_at, self._n_bytes)
         # Looking for a footer pyarrow takes the last 64 KiB: what lies before it goes unused.
         padding = bytes(max(self._footer_at - begin, 0))
         return padding + self._footer[max(begin - self._footer_at, 0) : end - self._footer_at]
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Faults of the network, which `RemoteFiles` tells in one line, as this package's error."""
+def storage_faults_as(kind: type[FeatureDBError]) -> Iterator[None]:
+    """Faults of a store, which `activation_cache` tells in one line, as this package's error."""
     try:
         yield
     except CacheError as error:
-        raise OpenError(str(error)) from None
+        raise kind(str(error)) from None

@@ -4,8 +4,6 @@ In: a table, an SAE and feature ids. Out: their rows as Arrow. DuckDB isn't aske
 every file, and read a megabyte of one.
 """
 
-import io
-import os
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
@@ -20,6 +18,7 @@ import pyarrow.parquet as pq
 
 from .datasets import BucketFile, Files
 from .places import Place
+from .ranged_file import RangedFile
 
 # As they lie in files; parsed they take a few times as much.
 _FOOTERS_BYTES = 32 << 20
@@ -190,35 +189,15 @@ class BucketReader:
         return rows.append_column("rowid", pa.array(np.arange(first, first + rows.num_rows)))
 
 
-class _Window(io.RawIOBase):
+class _Window(RangedFile):
     """A file of which some bytes are in memory, and no others are asked for."""
 
     def __init__(self, data: bytes, begin: int, n_bytes: int) -> None:
-        super().__init__()
-        self._data, self._begin, self._n_bytes, self._at = memoryview(data), begin, n_bytes, 0
+        super().__init__(n_bytes)
+        self._data, self._begin = memoryview(data), begin
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def size(self) -> int:
-        """Bytes of the file."""
-        return self._n_bytes
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._n_bytes}[whence]
-        self._at = base + offset
-        return self._at
-
-    def read(self, n_bytes: int = -1) -> bytes:
-        begin = self._at - self._begin
-        self._at += n_bytes
-        return bytes(self._data[begin : begin + n_bytes])
+    def range(self, begin: int, end: int) -> bytes:
+        return bytes(self._data[begin - self._begin : end - self._begin])
 
 
 def _footer(metadata: pq.FileMetaData, is_by_feature: bool) -> Footer:

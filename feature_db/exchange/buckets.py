@@ -8,21 +8,19 @@ a folder it leaves nothing at all.
 import hashlib
 import tempfile
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from activation_cache import CacheError
 from activation_cache.store import LocalStore, Store, open_store
 
 from ..bucketed import is_url
 from ..bucketed.datasets import FILES_SCHEMA, BucketFile
 from ..bucketed.layout import BUCKETED, FILES, FORMAT, FORMAT_VERSION, MANIFEST, SMALL, Part
+from ..bucketed.places import storage_faults_as
 from ..errors import ExportError
 from .bucket_files import encoded_files
 from .chosen import Chosen
@@ -48,7 +46,7 @@ def write_buckets(chosen: Chosen, out: str | Path, overwrite: bool) -> None:
         )
     if chosen.db.is_bucketed:
         raise ExportError(f"{chosen.db.path} is in buckets already: copy its files")
-    with _told():
+    with storage_faults_as(ExportError):
         if is_url(out):
             _to_url(chosen, str(out), overwrite)
             return
@@ -154,12 +152,3 @@ def _clear(store: Store) -> None:
     with ThreadPoolExecutor(_REMOVED_AT_ONCE, "feature-db") as threads:
         for _ in threads.map(store.remove, names):
             pass
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Faults of a store, which tells them in one line, as errors of an export."""
-    try:
-        yield
-    except CacheError as error:
-        raise ExportError(str(error)) from None

@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import pyarrow as pa
+
 from ..errors import NotFoundError
+from ..feature_rows import Pair
 
 if TYPE_CHECKING:
     from ..database import FeatureDB
     from ..result import Result
-
-Pair = tuple[int, int]
 
 # A common table of SQL: the features of one block, in order. Its parameters are `Block.params`.
 CHOSEN = """chosen AS (
@@ -109,6 +110,15 @@ class Chosen:
         if self.on_progress:
             total = len(self.ids) if n_total is None else n_total
             self.on_progress(ExportProgress(n_done, total, unit))
+
+
+def rows_in_order(db: "FeatureDB", table: str, n_rows: int) -> Iterator[pa.Table]:
+    """All rows of a table of the file, n_rows at a time; by row numbers, so that a block doesn't
+    read those before it."""
+    ((last,),) = db.sql(f"SELECT coalesce(max(rowid), -1) FROM {table}").fetchall()
+    sql = f"SELECT * FROM {table} WHERE rowid >= ? AND rowid < ? ORDER BY rowid"
+    for start in range(0, int(last) + 1, n_rows):
+        yield db.sql(sql, [start, start + n_rows]).arrow()
 
 
 def table_columns(db: "FeatureDB") -> dict[str, dict[str, str]]:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from ..errors import ExportError
+from ..feature_rows import Pair
 from .buckets import write_buckets
-from .chosen import Chosen, OnProgress, Pair
+from .chosen import Chosen, OnProgress
 from .flat_csv import write_csv
 from .json_lines import write_jsonl, write_labels
 from .neuronpedia import write_neuronpedia

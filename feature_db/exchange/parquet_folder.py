@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from sae.atomic_files import fsync, sha256
 
 from ..bucketed.layout import BUCKETED
-from .chosen import CHOSEN, DERIVED, Chosen, table_columns
+from .chosen import CHOSEN, DERIVED, Chosen, rows_in_order, table_columns
 from .destination import new_folder, write_manifest
 
 FORMAT_VERSION = 1
@@ -84,14 +84,10 @@ def _table_rows(chosen: Chosen, table: str, columns: dict[str, str]) -> Iterator
 
 
 def _whole(chosen: Chosen, table: str, n_rows: int) -> Iterator[pa.Table]:
-    """All rows, in their order; by row numbers, so that a block doesn't read those before it."""
+    """All rows, in their order."""
     if chosen.db.is_bucketed and table in BUCKETED:  # they have no row numbers
-        yield from chosen.db.batches(f"SELECT * FROM {table}")
-        return
-    (last,) = chosen.db.sql(f"SELECT coalesce(max(rowid), -1) FROM {table}").fetchall()[0]
-    sql = f"SELECT * FROM {table} WHERE rowid >= ? AND rowid < ? ORDER BY rowid"
-    for start in range(0, int(last) + 1, n_rows):
-        yield chosen.db.sql(sql, [start, start + n_rows]).arrow()
+        return chosen.db.batches(f"SELECT * FROM {table}")
+    return rows_in_order(chosen.db, table, n_rows)
 
 
 def _documents(chosen: Chosen, table: str) -> Iterator[pa.Table]:

@@ -4,17 +4,15 @@ In the place of each table in buckets stands a view of the same columns, so that
 `DESCRIBE` say what they say of any database. It can't be read: who opens the file alone is told.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import duckdb
-import pyarrow as pa
 
 from ..bucketed.layout import BUCKETED
 from ..schema import new_database
 from ..transactions import insert
-from .chosen import table_columns
+from .chosen import rows_in_order, table_columns
 
 if TYPE_CHECKING:
     from ..database import FeatureDB
@@ -36,15 +34,8 @@ def write_small(db: "FeatureDB", path: Path) -> None:
 
 def _copy(db: "FeatureDB", small: duckdb.DuckDBPyConnection, table: str) -> None:
     _run(small, f"DELETE FROM {table}")  # a new database says its schema's version already
-    for rows in _in_order(db, table):
+    for rows in rows_in_order(db, table, _ROWS_AT_ONCE):
         insert(small, table, rows)
-
-
-def _in_order(db: "FeatureDB", table: str) -> Iterator[pa.Table]:
-    ((last,),) = db.sql(f"SELECT coalesce(max(rowid), -1) FROM {table}").fetchall()
-    sql = f"SELECT * FROM {table} WHERE rowid >= ? AND rowid < ? ORDER BY rowid"
-    for start in range(0, int(last) + 1, _ROWS_AT_ONCE):
-        yield db.sql(sql, [start, start + _ROWS_AT_ONCE]).arrow()
 
 
 def _unreadable(table: str, columns: dict[str, str]) -> str:

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 from ..errors import ExportError
 from ..feature import Coactivation, Context, Feature, HistogramBin, LogitEffect, Neighbor, TokenLift
+from ..feature_rows import Pair
 from ..shading import html_text, shades
 from ..token_text import quoted
-from .chosen import CHOSEN, Chosen, Pair
+from .chosen import CHOSEN, Chosen
 from .destination import new_file
 
 # A feature takes about 20 kB, and browsers grow slow at tens of megabytes.

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from ..database import FeatureDB
 from ..errors import LabelError
 from ..explanations import LLM
+from ..feature_rows import Pair
 from .passages import NEIGHBOR, RANDOM, VERIFIED, FeatureEvidence, Passage
 
 _CONTEXTS_A_NEIGHBOR = 4
@@ -16,7 +17,6 @@ _N_OTHERS = 1024
 _QUARTERS = 4
 
 Features = str | Sequence[int]
-Pair = tuple[int, int]
 
 
 class Wanted(NamedTuple):

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from ..database import FeatureDB
 from ..errors import EndpointError, LabelError
+from ..feature_rows import Pair
 from .client import Client, RequestFailedError, require_openai
 from .config import (
     Endpoint,
@@ -24,7 +25,7 @@ from .config import (
     OnLabelProgress,
     recipe_of,
 )
-from .evidence import Features, Pair, Wanted, read_evidence, read_others, wanted_features
+from .evidence import Features, Wanted, read_evidence, read_others, wanted_features
 from .one_feature import Explained, explain_feature
 from .passages import Examples, choose_examples
 from .requests import feature_estimate

@@ -8,6 +8,7 @@ import pyarrow as pa
 from cyclopts import Parameter
 
 from feature_db import ExportProgress, FeatureDB, NeuronpediaNames, visible
+from feature_db.bucketed import is_url
 from feature_db.exchange import Format
 
 from ..cli import app, console
@@ -106,7 +107,7 @@ def _of_sql(db: FeatureDB, sql: str, sae_id: int | None) -> Pairs:
 
 def _tell(out: Place, kind: str) -> None:
     line = f"  {visible(out)}: {kind}"
-    if "://" not in out:
+    if not is_url(out):
         made = Path(out)
         files = [path for path in made.rglob("*") if path.is_file()] if made.is_dir() else [made]
         megabytes = sum(path.stat().st_size for path in files) / 1e6

@@ -35,14 +35,9 @@ from activation_cache import (
 from activation_cache.block_cache import BlockCache
 from activation_cache.remote import RemoteStore
 from activation_cache.store import ByteRange, LocalStore, Store, open_store
-from tests.s3_server import KEY, SECRET, Server
+from tests.s3_server import KEY, LET_BE, SECRET, Server
 
-# What s3fs, aiohttp and moto leave open or use past its time is not ours to mend.
-pytestmark = [
-    pytest.mark.usefixtures("blocks"),
-    pytest.mark.filterwarnings("ignore:.*:ResourceWarning:(aiohttp|aiobotocore|asyncio|moto)"),
-    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:(moto|botocore|aiobotocore|s3fs)"),
-]
+pytestmark = [pytest.mark.usefixtures("blocks"), *LET_BE]
 
 HOOKPOINT = "layers.1.resid_post"
 MEMORY = "memory://caches/acts"

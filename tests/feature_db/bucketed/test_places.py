@@ -23,14 +23,9 @@ from feature_db import (
     SchemaVersionError,
 )
 from tests.feature_db.bucketed.conftest import small_buckets
-from tests.s3_server import KEY, SECRET, Server
+from tests.s3_server import KEY, LET_BE, SECRET, Server
 
-# What s3fs, aiohttp and moto leave open or use past its time is not ours to mend.
-pytestmark = [
-    pytest.mark.usefixtures("blocks"),
-    pytest.mark.filterwarnings("ignore:.*:ResourceWarning:(aiohttp|aiobotocore|asyncio|moto)"),
-    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:(moto|botocore|aiobotocore|s3fs)"),
-]
+pytestmark = [pytest.mark.usefixtures("blocks"), *LET_BE]
 TABLES_OF_A_PAGE = 7
 
 

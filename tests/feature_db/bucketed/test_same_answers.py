@@ -19,12 +19,9 @@ from feature_db.exchange import FORMATS
 from sae import SAE
 from tests.feature_db.bucketed.conftest import small_buckets
 from tests.feature_db.conftest import World
+from tests.s3_server import LET_BE
 
-# What s3fs, aiohttp and moto leave open or use past its time is not ours to mend.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*:ResourceWarning:(aiohttp|aiobotocore|asyncio|moto)"),
-    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:(moto|botocore|aiobotocore|s3fs)"),
-]
+pytestmark = LET_BE
 QUERIES = [
     "SELECT count(*), sum(act), max(rank), count(DISTINCT text) FROM contexts",
     "FROM contexts",
